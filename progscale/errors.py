@@ -1,0 +1,94 @@
+"""Errors meant for the person who started the run: one message, no traceback.
+
+Every message says what was given, what is allowed and which key to change. `exit_code` is what the
+command line returns: 2 for a mistake in the input, 3 for a run stopped by its own checks.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+class ProgscaleError(Exception):
+    """Base of all errors that are shown without a traceback."""
+
+    exit_code = 1
+
+
+class UserError(ProgscaleError):
+    """The input cannot work: config, model, data or schedule."""
+
+    exit_code = 2
+
+
+class ModelError(UserError):
+    """The model cannot be found, loaded, or cut into embeddings, blocks and head."""
+
+
+class DataError(UserError):
+    """The data cannot be found, read, or used for the task."""
+
+
+class ScheduleError(UserError):
+    """The schedule does not fit the model or the number of optimizer steps."""
+
+
+class RegistryError(UserError):
+    """A name is not registered, or registered twice."""
+
+
+class NonFiniteError(ProgscaleError):
+    """The loss or a gradient is NaN or infinite on some rank; no weight was changed by that step."""
+
+    exit_code = 3
+
+
+class AuditError(ProgscaleError):
+    """A frozen tensor changed its bits, or a live one has no optimizer state."""
+
+    exit_code = 3
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One mistake in a config: the dotted key, and what is wrong with it."""
+
+    key: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.message}" if self.key else self.message
+
+
+class ConfigError(UserError):
+    """All mistakes of a config at once.
+
+    Args:
+        faults: every mistake found, in the order of the config.
+        source: the file or option the faults come from, if it is one alone.
+    """
+
+    def __init__(self, faults: Sequence[Fault] | Fault | str, source: str | None = None) -> None:
+        if isinstance(faults, str):
+            faults = [Fault("", faults)]
+        elif isinstance(faults, Fault):
+            faults = [faults]
+        self.faults = list(faults)
+        lines = [str(fault) for fault in self.faults]
+        head = f"{source}: " if source else ""
+        if len(lines) == 1:
+            super().__init__(head + lines[0])
+        else:
+            super().__init__(f"{head}{len(lines)} faults\n" + "\n".join(f"  - {line}" for line in lines))
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """The phrase `; did you mean 'x'?` for the closest allowed name, or an empty string.
+
+    >>> nearest("sentense", ["sentence", "label"])
+    "; did you mean 'sentence'?"
+    """
+    close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
+    return f"; did you mean '{close[0]}'?" if close else ""

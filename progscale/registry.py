@@ -1,0 +1,98 @@
+"""Names to things that users can add: model families, methods, schedules, tasks.
+
+`@register("name")` stands in the file that defines the thing; a package of somebody else's does the same
+through an entry point of the registry's group, whose module is imported when names are first looked up.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
+from typing import Generic, TypeVar
+
+from progscale.errors import RegistryError, nearest
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """A named collection that is filled by decorators and by entry points.
+
+    Args:
+        kind: what it holds, for messages ("model family").
+        group: the entry-point group that other packages use ("progscale.families").
+        package: a package of ours whose modules register the built-in entries; imported on first use.
+    """
+
+    def __init__(self, kind: str, group: str, package: str | None = None) -> None:
+        self.kind = kind
+        self.group = group
+        self._package = package
+        self._entries: dict[str, T] = {}
+        self._loaded = False
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator: adds the thing under `name`.
+
+        Raises:
+            RegistryError: the name is taken by another thing.
+        """
+
+        def add(thing: T) -> T:
+            self.add(name, thing)
+            return thing
+
+        return add
+
+    def add(self, name: str, thing: T) -> None:
+        """Adds `thing` under `name`; raises RegistryError when the name is taken by another thing."""
+        if name in self._entries and self._entries[name] is not thing:
+            raise RegistryError(f"{self.kind} '{name}' is registered twice; registered: {', '.join(self._entries)}")
+        self._entries[name] = thing
+
+    def remove(self, name: str) -> None:
+        """Takes an entry out again (for tests and notebooks that define a thing anew)."""
+        del self._entries[name]
+
+    def get(self, name: str) -> T:
+        """The thing registered under `name`.
+
+        Raises:
+            RegistryError: no such name; the message lists those that exist.
+        """
+        self._load()
+        if name not in self._entries:
+            raise RegistryError(
+                f"no {self.kind} '{name}'; registered: {', '.join(sorted(self._entries))}{nearest(name, self._entries)}"
+            )
+        return self._entries[name]
+
+    def names(self) -> list[str]:
+        """All registered names, sorted."""
+        self._load()
+        return sorted(self._entries)
+
+    def items(self) -> Iterator[tuple[str, T]]:
+        """(name, thing) in the order of registration."""
+        self._load()
+        return iter(list(self._entries.items()))
+
+    def __contains__(self, name: object) -> bool:
+        self._load()
+        return name in self._entries
+
+    def _load(self) -> None:
+        if self._loaded:
+            return
+        self._loaded = True
+        if self._package:
+            package = importlib.import_module(self._package)
+            for module in pkgutil.iter_modules(package.__path__):
+                importlib.import_module(f"{self._package}.{module.name}")
+        for point in entry_points(group=self.group):
+            thing = point.load()
+            # An entry point may name the module that registers, or the thing itself.
+            if thing not in self._entries.values() and not isinstance(thing, type(importlib)):
+                self.add(point.name, thing)
