@@ -136,8 +136,8 @@ def custom(request: Request) -> list[range]:
 def weighted(request: Request) -> list[range]:
     """Shrinking stages whose parts have equal shares of `schedule.block_weights` instead of equal numbers of blocks.
 
-    Stage t starts at the first block below which lies at least (t-1)/T of the total weight. With equal weights this
-    is the ceiling of the even rule's quotient, so equal weights and `progtuning` agree where T divides L.
+    Stage t starts at the highest block below which lies at most (t-1)/T of the total weight, so equal weights give
+    `progtuning` exactly.
     """
     weights = request.options.get("block_weights")
     if weights is None:
@@ -152,7 +152,7 @@ def weighted(request: Request) -> list[range]:
     firsts, below, block = [], 0.0, 0
     for t in range(request.stages):
         # The tolerance keeps a sum of floats that should be a whole share from missing it by one rounding.
-        while block < request.num_blocks - 1 and below + 1e-9 * total < total * t / request.stages:
+        while below + weights[block] <= total * t / request.stages + 1e-9 * total:
             below += weights[block]
             block += 1
         firsts.append(block)

@@ -1,0 +1,1 @@
+"""progscale: exact progressive fine-tuning of Transformer encoders."""

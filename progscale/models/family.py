@@ -1,0 +1,80 @@
+"""What a model family says: how to load it, and where its embeddings, ordered blocks and head live."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from progscale.registry import Registry
+
+if TYPE_CHECKING:
+    import torch
+
+HeadKind = Literal["sequence_classification", "question_answering"]
+
+
+@dataclass(frozen=True)
+class ModelRequest:
+    """What is to be loaded.
+
+    Attributes:
+        name: hub id, local folder, or a well-known architecture (with random weights or on the meta device).
+        head: which head the task needs.
+        num_labels: outputs of a classification or regression head (1 for regression).
+        label_names: names for the outputs, in order; kept in the exported config.
+        problem_type: "single_label_classification", "regression", or None for question answering.
+        overrides: entries of the transformers config to change (`{"hidden_dropout_prob": 0.0}`).
+        random_weights: build from the config alone.
+        revision: hub revision.
+        allow_pickle: also accept `*.bin` weights; only ever set on the command line.
+        trust_remote_code: run code from the model's repository; only ever set on the command line.
+    """
+
+    name: str
+    head: HeadKind
+    num_labels: int = 2
+    label_names: tuple[str, ...] = ()
+    problem_type: str | None = "single_label_classification"
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    random_weights: bool = False
+    revision: str | None = None
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """A definition that plugs a model architecture in.
+
+    Patterns are module or parameter paths below the base model (the encoder without its task head), for a model
+    loaded by transformers; `*` stands for one path component. Whatever lies outside the base model is the head.
+
+    Attributes:
+        name: of the family, shown in plans and messages.
+        model_types: values of `config.model_type` that belong to it.
+        base: attribute of the loaded model that holds the base model ("bert"); "" when the model is its own base.
+        embeddings: paths that make up the embeddings (relative-position tables and projections included).
+        stacks: for each stack of blocks the path of its ModuleList, e.g. `{"blocks": "encoder.layer"}`.
+        head: paths below the base model that belong to the head (pooler, a final norm).
+        load: builds the model for a request; None takes transformers' auto classes.
+        load_tokenizer: gives the tokenizer for a model name; None takes AutoTokenizer.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    base: str
+    embeddings: tuple[str, ...]
+    stacks: Mapping[str, str]
+    head: tuple[str, ...] = ()
+    load: Callable[[ModelRequest], torch.nn.Module] | None = None
+    load_tokenizer: Callable[[str], Any] | None = None
+
+
+FAMILIES: Registry[Family] = Registry("model family", "progscale.families", package="progscale.models.families")
+
+
+def register_family(family: Family) -> Family:
+    """Makes a family known; a user's own encoder needs this one call."""
+    FAMILIES.add(family.name, family)
+    return family
