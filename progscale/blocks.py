@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
+
+from progscale.errors import ModelError, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -12,6 +16,11 @@ if TYPE_CHECKING:
     from progscale.models.family import Family
 
 Part = Literal["embeddings", "block", "head"]
+
+_Rule = tuple[Part, str, re.Pattern[str]]
+
+# PEFT keeps the model it wraps under this path.
+_WRAPPERS = ("", "base_model.model.")
 
 
 @dataclass(frozen=True)
@@ -54,3 +63,180 @@ class Partition:
 
     parameters: Mapping[str, ParameterInfo]
     num_blocks: Mapping[str, int]
+
+    def names(self, part: Part | None = None) -> tuple[str, ...]:
+        """Names of a part's parameters in the order of the model; of all parameters without `part`."""
+        return tuple(info.name for info in self.parameters.values() if part is None or info.part == part)
+
+    def block_names(self, stack: str, block: int) -> tuple[str, ...]:
+        """Names of the parameters of block `block` (0-based) of `stack`; empty for a block without parameters.
+
+        Raises:
+            KeyError: no such stack.
+            IndexError: no such block.
+        """
+        if not 0 <= block < self.num_blocks[stack]:
+            raise IndexError(f"block {block} of stack '{stack}', which has {self.num_blocks[stack]}")
+        return self._by_block.get((stack, block), ())
+
+    def numel(self, part: Part | None = None) -> int:
+        """Elements of a part's tensors, each tied tensor counted once; of all parameters without `part`."""
+        return self.count(self.names(part))
+
+    def count(self, names: Iterable[str]) -> int:
+        """Elements of the named tensors."""
+        return sum(self.parameters[name].numel for name in names)
+
+    @cached_property
+    def _by_block(self) -> dict[tuple[str, int], tuple[str, ...]]:
+        blocks: dict[tuple[str, int], tuple[str, ...]] = {}
+        for info in self.parameters.values():
+            if info.stack is not None and info.block is not None:
+                blocks[info.stack, info.block] = (*blocks.get((info.stack, info.block), ()), info.name)
+        return blocks
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where one parameter name lies."""
+
+    part: Part
+    stack: str | None = None
+    block: int | None = None
+
+    def __str__(self) -> str:
+        return f"block {self.block} of '{self.stack}'" if self.part == "block" else f"the {self.part}"
+
+
+def partition(model: torch.nn.Module, family: Family) -> Partition:
+    """Cuts a model into embeddings, blocks and head by the rules of its family.
+
+    Works on real models, on the meta device, on ZeRO-3 partitioned parameters (the true shape is `ds_shape`) and
+    on a model wrapped by PEFT. A tied tensor counts once: it belongs to the embeddings if one of its names does.
+
+    Raises:
+        ModelError: a path of the family is not in the model, a parameter of the base model is claimed by no part
+            or by two, or two blocks share a tensor.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    root = _base_path(modules, family)
+    stacks = {stack: _stack_children(modules, family, stack, root + path) for stack, path in family.stacks.items()}
+    names: dict[int, list[str]] = {}
+    tensors: dict[int, torch.nn.Parameter] = {}
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(tensor), []).append(name)
+        tensors[id(tensor)] = tensor
+
+    rules: list[_Rule] = [("embeddings", pattern, _compile(pattern)) for pattern in family.embeddings]
+    rules += [("head", pattern, _compile(pattern)) for pattern in family.head]
+    used: set[str] = set()
+    parameters = {}
+    for key, (first, *tied) in names.items():
+        places = [_place(name, root, rules, stacks, family, used) for name in (first, *tied)]
+        place = _one_place((first, *tied), places, family)
+        parameters[first] = ParameterInfo(first, _true_shape(tensors[key]), place.part, place.stack, place.block, tuple(tied))
+    for part, pattern, _ in rules:
+        if pattern not in used and not pattern.endswith("?"):
+            raise ModelError(
+                f"model family '{family.name}': {part} pattern '{pattern}' matches no parameter below "
+                f"'{root.rstrip('.') or type(model).__name__}' of this {type(model).__name__}; "
+                f"write '{pattern}?' if it may be absent"
+            )
+    return Partition(parameters, {stack: len(children) for stack, children in stacks.items()})
+
+
+def _base_path(modules: Mapping[str, torch.nn.Module], family: Family) -> str:
+    """The base model's path with its final dot ("bert.", "" for a model that is its own base)."""
+    wanted = [".".join(filter(None, (family.base, path))) for path in family.stacks.values()]
+    for wrapper in _WRAPPERS:
+        if all(wrapper + path in modules for path in wanted):
+            return f"{wrapper}{family.base}." if family.base else wrapper
+    missing = next(path for path in wanted if path not in modules)
+    parent = missing
+    while parent and parent not in modules:
+        parent = parent.rpartition(".")[0]
+    # Say what is there instead of the first missing component.
+    depth = parent.count(".") + 1 if parent else 0
+    beside = sorted({".".join(name.split(".")[: depth + 1]) for name in modules if name.startswith(parent) and name})
+    beside = [name for name in beside if name != parent]
+    raise ModelError(
+        f"model family '{family.name}': '{missing}' is not in this {type(modules['']).__name__}; looked for its "
+        f"blocks there and found {', '.join(beside[:12]) or 'no submodules'}{nearest(missing, modules)}"
+    )
+
+
+def _stack_children(modules: Mapping[str, torch.nn.Module], family: Family, stack: str, path: str) -> dict[str, int]:
+    """Path prefix of each block (with the final dot) → its index."""
+    children = [name for name, child in modules[path].named_children() if child is not None]
+    every = [name for name in modules if name.startswith(f"{path}.") and "." not in name[len(path) + 1 :]]
+    if len(every) > len(children):
+        raise ModelError(
+            f"model family '{family.name}': stack '{stack}' ('{path}') holds one module several times; with shared "
+            f"blocks, freezing one freezes all of them, so progressive stages mean nothing"
+        )
+    if not children:
+        raise ModelError(
+            f"model family '{family.name}': stack '{stack}' ('{path}') is a {type(modules[path]).__name__} without "
+            f"blocks; name the path of a ModuleList with at least one"
+        )
+    return {f"{path}.{child}.": index for index, child in enumerate(children)}
+
+
+def _place(
+    name: str,
+    root: str,
+    rules: list[_Rule],
+    stacks: Mapping[str, Mapping[str, int]],
+    family: Family,
+    used: set[str],
+) -> _Place:
+    if not name.startswith(root):
+        return _Place("head")
+    below = name[len(root) :]
+    found: list[tuple[_Place, str]] = []
+    for part, pattern, regex in rules:
+        if regex.match(below):
+            used.add(pattern)
+            found.append((_Place(part), f"{part} pattern '{pattern}'"))
+    for stack, children in stacks.items():
+        for prefix, index in children.items():
+            if name.startswith(prefix):
+                found.append((_Place("block", stack, index), f"stack '{stack}'"))
+    if not found:
+        raise ModelError(
+            f"model family '{family.name}': parameter '{name}' belongs to no part; embeddings: "
+            f"{', '.join(family.embeddings)}; blocks: {', '.join(family.stacks.values())}; head: "
+            f"{', '.join(family.head) or '(none)'}. Add a pattern that covers it to the family"
+        )
+    if len({place for place, _ in found}) > 1:
+        raise ModelError(
+            f"model family '{family.name}': parameter '{name}' is claimed twice, by "
+            f"{' and by '.join(rule for _, rule in found)}; make the patterns of the family disjoint"
+        )
+    return found[0][0]
+
+
+def _one_place(names: tuple[str, ...], places: list[_Place], family: Family) -> _Place:
+    """The part of a tensor that may have several names: embeddings before all others."""
+    distinct = list(dict.fromkeys(places))
+    if len(distinct) == 1:
+        return distinct[0]
+    for place in distinct:
+        if place.part == "embeddings":
+            return place
+    raise ModelError(
+        f"model family '{family.name}': '{names[0]}' and '{names[1]}' are one tensor but lie in "
+        f"{distinct[0]} and {distinct[1]}; it cannot be frozen in one and trained in the other"
+    )
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    """A path pattern as a regular expression that matches the path itself and everything below it."""
+    path = pattern.removesuffix("?")
+    components = [re.escape(part).replace(r"\*", r"[^.]+") for part in path.split(".")]
+    return re.compile(r"\.".join(components) + r"(\.|$)")
+
+
+def _true_shape(tensor: torch.nn.Parameter) -> tuple[int, ...]:
+    # Under ZeRO-3 a parameter that is not gathered has shape (0,); DeepSpeed keeps the whole tensor's here.
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))

@@ -7,8 +7,11 @@ even rule for the blocks is floor((t-1)·L/T), the one that reproduces the paper
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 from progscale.errors import ScheduleError
@@ -64,7 +67,9 @@ class Schedule(Protocol):
     A schedule may also say where its stages start, as fractions of the run in [0, 1); None means evenly.
     """
 
-    def __call__(self, request: Request) -> Sequence[Sequence[int]]: ...
+    def __call__(self, request: Request) -> Sequence[Sequence[int]]:
+        """Ascending live block indices of each stage."""
+        ...
 
 
 SCHEDULES: Registry[Schedule] = Registry("schedule", "progscale.schedules")
@@ -106,7 +111,8 @@ def without_low_blocks(request: Request) -> list[range]:
 @register("growing")
 def growing(request: Request) -> list[range]:
     """The progtuning stages in reverse order (paper, Eq. 5)."""
-    return list(reversed(progtuning(request)))
+    firsts = even_first_blocks(request.num_blocks, request.stages)
+    return _from(firsts[::-1], request.num_blocks)
 
 
 @register("custom")
@@ -116,9 +122,7 @@ def custom(request: Request) -> list[range]:
     if firsts is None:
         raise ScheduleError("schedule.first_blocks: missing; 'custom' needs one first block for each stage, e.g. [0, 4, 8]")
     if len(firsts) != request.stages:
-        raise ScheduleError(
-            f"schedule.first_blocks: {len(firsts)} entries for {request.stages} stages; give one for each stage"
-        )
+        raise ScheduleError(f"schedule.first_blocks: {len(firsts)} entries for {request.stages} stages; give one for each stage")
     for first in firsts:
         if not 0 <= first <= request.num_blocks:
             raise ScheduleError(
@@ -146,14 +150,16 @@ def weighted(request: Request) -> list[range]:
         raise ScheduleError(
             f"schedule.block_weights: {len(weights)} weights for a model of {request.num_blocks} blocks; give one for each"
         )
-    if any(not weight > 0 for weight in weights):
-        raise ScheduleError(f"schedule.block_weights: {list(weights)}; every weight must be above 0")
-    total = sum(weights)
-    firsts, below, block = [], 0.0, 0
+    if any(not (weight > 0 and math.isfinite(weight)) for weight in weights):
+        raise ScheduleError(f"schedule.block_weights: {list(weights)}; every weight must be above 0 and finite")
+    # As the decimals that the user wrote: a sum that should be a whole share must not miss it by one rounding, and a
+    # tolerance would drop a block of tiny weight from the first stage.
+    exact = [Fraction(str(float(weight))) for weight in weights]
+    total = sum(exact)
+    firsts, below, block = [], Fraction(0), 0
     for t in range(request.stages):
-        # The tolerance keeps a sum of floats that should be a whole share from missing it by one rounding.
-        while below + weights[block] <= total * t / request.stages + 1e-9 * total:
-            below += weights[block]
+        while below + exact[block] <= total * t / request.stages:
+            below += exact[block]
             block += 1
         firsts.append(block)
     return _from(firsts, request.num_blocks)
@@ -187,10 +193,7 @@ def build_stages(
     if stages < 1:
         raise ScheduleError(f"schedule.stages: {stages}; at least 1 is needed")
     starts = stage_starts(stages, total_steps, options.get("starts"))
-    live = {
-        stack: [tuple(blocks) for blocks in schedule(Request(count, stages, options))]
-        for stack, count in num_blocks.items()
-    }
+    live = {stack: [tuple(blocks) for blocks in schedule(Request(count, stages, options))] for stack, count in num_blocks.items()}
     for stack, per_stage in live.items():
         _check(name, stack, per_stage, num_blocks[stack], stages)
     return tuple(
@@ -219,10 +222,8 @@ def stage_starts(stages: int, total_steps: int, starts: Sequence[int] | None = N
             )
         return [(t * total_steps) // stages for t in range(stages)]
     starts = list(starts)
-    if len(starts) != stages or starts[0] != 0 or any(a >= b for a, b in zip(starts, starts[1:], strict=False)):
-        raise ScheduleError(
-            f"schedule.starts: {starts}; {stages} ascending optimizer steps are needed, the first of them 0"
-        )
+    if len(starts) != stages or starts[0] != 0 or any(a >= b for a, b in pairwise(starts)):
+        raise ScheduleError(f"schedule.starts: {starts}; {stages} ascending optimizer steps are needed, the first of them 0")
     if starts[-1] >= total_steps:
         raise ScheduleError(f"schedule.starts: {starts[-1]} lies beyond the run's {total_steps} optimizer steps")
     return starts
@@ -245,5 +246,6 @@ def _check(name: str, stack: str, live: Sequence[tuple[int, ...]], num_blocks: i
     for blocks in live:
         if list(blocks) != sorted(set(blocks)) or any(not 0 <= block < num_blocks for block in blocks):
             raise ScheduleError(
-                f"schedule '{name}' gave blocks {list(blocks)} for '{stack}'; ascending indices from 0 to {num_blocks - 1} are allowed"
+                f"schedule '{name}' gave blocks {list(blocks)} for '{stack}'; "
+                f"ascending indices from 0 to {num_blocks - 1} are allowed"
             )

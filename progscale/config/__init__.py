@@ -1,0 +1,30 @@
+"""What a run is: validated sections, layers of JSON, `--set` options and DeepSpeed files. Imports no torch."""
+
+from progscale.config.deepspeed import translate
+from progscale.config.describe import Option, config_hash, describe_schema, micro_batch_size
+from progscale.config.layers import DEMO_DEFAULTS, dump_config, load_config
+from progscale.config.read import format_set, parse_set
+from progscale.config.schema import Config, Engine, Method, Model, Optimizer, Run, Schedule, Section, Task, Train
+
+__all__ = [
+    "DEMO_DEFAULTS",
+    "Config",
+    "Engine",
+    "Method",
+    "Model",
+    "Optimizer",
+    "Option",
+    "Run",
+    "Schedule",
+    "Section",
+    "Task",
+    "Train",
+    "config_hash",
+    "describe_schema",
+    "dump_config",
+    "format_set",
+    "load_config",
+    "micro_batch_size",
+    "parse_set",
+    "translate",
+]

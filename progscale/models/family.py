@@ -48,7 +48,9 @@ class Family:
     """A definition that plugs a model architecture in.
 
     Patterns are module or parameter paths below the base model (the encoder without its task head), for a model
-    loaded by transformers; `*` stands for one path component. Whatever lies outside the base model is the head.
+    loaded by transformers; `*` stands for one path component. A pattern covers everything below its path. It must
+    match something, unless it ends with `?`: `pooler?` may be absent, as it is in question-answering models.
+    Whatever lies outside the base model is the head.
 
     Attributes:
         name: of the family, shown in plans and messages.
@@ -59,6 +61,8 @@ class Family:
         head: paths below the base model that belong to the head (pooler, a final norm).
         load: builds the model for a request; None takes transformers' auto classes.
         load_tokenizer: gives the tokenizer for a model name; None takes AutoTokenizer.
+        max_tokens: the longest input in tokens that a config allows, None for no limit; without the function,
+            `config.max_position_embeddings` is the limit.
     """
 
     name: str
@@ -69,6 +73,7 @@ class Family:
     head: tuple[str, ...] = ()
     load: Callable[[ModelRequest], torch.nn.Module] | None = None
     load_tokenizer: Callable[[str], Any] | None = None
+    max_tokens: Callable[[Any], int | None] | None = None
 
 
 FAMILIES: Registry[Family] = Registry("model family", "progscale.families", package="progscale.models.families")

@@ -1,0 +1,37 @@
+# make demo: sets everything up and runs the main job; make test: sets everything up and passes the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-product test-real lint setup clean
+
+demo: $(READY)
+	$(BIN)/accelerate launch --config_file configs/accelerate/cpu2.yaml launch/train.py --config configs/demo.json --config configs/zero2.json
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not real_data and not product and not slow"
+
+test-product: $(READY)
+	$(BIN)/python -m pytest -m product
+
+test-real: $(READY)
+	$(BIN)/python -m pytest -m real_data
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: $(READY)
+
+# torch comes first: DeepSpeed's own set-up wants it, and a machine without a GPU keeps the build it was given.
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel ninja
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,7 @@
+"""`python -m progscale`."""
+
+import sys
+
+from progscale.cli import main
+
+sys.exit(main())

@@ -1,0 +1,226 @@
+"""The command `progscale`: plan and train. Nothing heavy is imported before a command's own work begins."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from progscale.config import Config, describe_schema, dump_config, load_config
+from progscale.errors import ConfigError, ProgscaleError
+from progscale.names import name_faults
+
+if TYPE_CHECKING:
+    from progscale.plan import Plan
+
+EXAMPLES = """examples:
+  progscale train                                                    the built-in demo, in one process
+  progscale train --config configs/models/bert-base.json --config configs/tasks/mrpc.json --set task.path=GLUE/MRPC
+  accelerate launch launch/train.py --config configs/zero2.json      the same program under DeepSpeed ZeRO-2
+  progscale plan --model bert-large-uncased --epochs 3               what a schedule saves, before any weight is loaded
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit code: 0, 2 for a mistake in the input, 3 for a run stopped by its own checks."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 0
+    try:
+        return int(options.run(options))
+    except ProgscaleError as error:
+        # Every rank meets the same mistake in a config; one of them says it.
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or not isinstance(error, ConfigError):
+            print(f"progscale: {'' if rank == '0' else f'[rank {rank}] '}{error}", file=sys.stderr)
+        return error.exit_code
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    parser = argparse.ArgumentParser(
+        prog="progscale",
+        description="Fine-tunes Transformer encoders in stages that train fewer and fewer blocks, exactly, under DDP and DeepSpeed ZeRO.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    train = commands.add_parser(
+        "train",
+        help="fine-tune a model (one process; under accelerate launch use launch/train.py)",
+        description="Fine-tunes a model; with no model and no task named it runs the built-in demo.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_train_options(train)
+    train.set_defaults(run=run_train)
+    plan = commands.add_parser(
+        "plan",
+        help="stages, parameters and updated volume of a schedule, before any weight is loaded",
+        description="Shows what a schedule trains and saves. Works offline for well-known architectures.",
+        epilog="examples:\n  progscale plan --model bert-large-uncased --epochs 3 --format json\n  progscale plan --paper\n"
+        "  progscale plan --config my.json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_plan_options(plan)
+    plan.set_defaults(run=run_plan)
+    return parser
+
+
+def add_train_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `train`."""
+    add_config_options(parser)
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+    parser.add_argument("--dry-run", action="store_true", help="read config and data, print the plan and stop")
+    parser.add_argument("--list-options", action="store_true", help="list every config key with its default and stop")
+    parser.add_argument("--allow-pickle", action="store_true", help="accept model weights that are no safetensors (they can run code)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code from the model's repository")
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """Options that give a config."""
+    parser.add_argument(
+        "--config", action="append", default=[], metavar="FILE", help="JSON layer, also a bare DeepSpeed config; later ones win"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one config value, e.g. optimizer.lr=3e-5")
+    parser.add_argument(
+        "--plugin", action="append", default=[], metavar="MODULE", help="import a module of yours that registers families, schedules, …"
+    )
+
+
+def add_plan_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `plan`."""
+    add_config_options(parser)
+    parser.add_argument("--model", metavar="NAME", help="hub id, local folder or well-known architecture (short for model.name)")
+    parser.add_argument("--epochs", type=float, metavar="N", help="short for train.epochs")
+    parser.add_argument("--stages", type=int, metavar="T", help="short for schedule.stages")
+    parser.add_argument("--schedule", metavar="NAME", help="short for schedule.name")
+    parser.add_argument("--embeddings", metavar="WHEN", help="short for schedule.embeddings: always, first_stage, never")
+    parser.add_argument(
+        "--head", choices=["sequence_classification", "question_answering"], default="sequence_classification", help="the task's head"
+    )
+    parser.add_argument("--num-labels", type=int, default=2, metavar="N", help="outputs of a classification head")
+    parser.add_argument("--paper", action="store_true", help="the paper's figures beside those computed from real architectures")
+    parser.add_argument("--format", choices=["table", "json"], default="table", help="output format")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code from the model's repository")
+
+
+def read_config(options: argparse.Namespace, extra: Sequence[str] = ()) -> Config:
+    """The config of the given layers, all its faults at once; plug-in modules are imported first."""
+    config = load_config(options.config, [*options.set, *extra])
+    for module in options.plugin:
+        import_plugin(module)
+    # A plug-in registers what only its own import can tell; the registries then check the names themselves.
+    faults = [] if options.plugin else name_faults(config)
+    if faults:
+        raise ConfigError(faults)
+    return config
+
+
+def import_plugin(module: str) -> None:
+    """Imports a user's module by name, from the working directory too."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and (module == error.name or module.startswith(error.name + ".")):
+            raise ConfigError(f"--plugin {module}: no such module in the working directory or the environment") from error
+        raise
+
+
+def run_train(options: argparse.Namespace) -> int:
+    """The command `train`."""
+    if options.list_options:
+        for row in describe_schema():
+            print("  ".join(str(cell) for cell in row))
+        return 0
+    config = read_config(options)
+    if options.print_config:
+        print(json.dumps(dump_config(config), indent=2))
+        return 0
+    quiet_libraries()
+    from progscale.loop import train
+    from progscale.session import Session
+    from progscale.setup import Permissions, prepare
+
+    permissions = Permissions(options.allow_pickle, options.trust_remote_code)
+    session = prepare(config, permissions, dry_run=options.dry_run)
+    if isinstance(session, Session):
+        try:
+            train(session)
+        finally:
+            session.close()
+    return 0
+
+
+def run_plan(options: argparse.Namespace) -> int:
+    """The command `plan`."""
+    if options.paper:
+        from progscale.paper import paper_table, render_paper
+
+        return show(paper_table(), render_paper, options.format)
+    short = {"model.name": options.model, "train.epochs": options.epochs, "schedule.stages": options.stages}
+    short |= {"schedule.name": options.schedule, "schedule.embeddings": options.embeddings}
+    config = read_config(options, [f"{key}={json.dumps(value)}" for key, value in short.items() if value is not None])
+    if config.model.name is None:
+        raise ConfigError("plan: no model named; give --model NAME (e.g. bert-base-uncased), or --paper")
+    quiet_libraries()
+    from progscale.plan import render_plan
+
+    plan = plan_of(config, options)
+    return show(plan.to_json(), lambda _: render_plan(plan), options.format)
+
+
+def plan_of(config: Config, options: argparse.Namespace) -> Plan:
+    """The plan of a config's model and schedule, with a nominal number of steps for each epoch."""
+    from progscale.plan import plan_for
+
+    return plan_for(
+        str(config.model.name),
+        schedule=config.schedule,
+        epochs=config.train.epochs,
+        stages=config.stages,
+        num_labels=options.num_labels,
+        head=options.head,
+        overrides=config.model.overrides,
+        family=config.model.family,
+    )
+
+
+def show(content: Any, render: Any, form: str) -> int:
+    """Prints JSON or a table."""
+    if form == "json":
+        print(json.dumps(content, indent=2))
+    else:
+        from rich.console import Console
+
+        Console(width=None if sys.stdout.isatty() else 120).print(render(content))
+    return 0
+
+
+def quiet_libraries() -> None:
+    """Keeps notices of libraries that are no news to the user out of the output; warnings of ours stay."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    import logging
+    import warnings
+
+    logging.basicConfig(level=logging.WARNING, format="progscale: %(message)s")
+    for name in ("DeepSpeed", "accelerate", "transformers", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(torch|deepspeed|accelerate|transformers)\.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,247 @@
+"""Faults that only several options together make."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, Protocol
+
+from progscale.config.read import KeyPath, dotted, show
+from progscale.config.schema import GLUE_TASKS, SQUAD_TASKS, Config
+from progscale.errors import Fault
+
+TABLE_OPTIONS = (
+    "hub",
+    "train_file",
+    "validation_file",
+    "text_columns",
+    "label_column",
+    "labels",
+    "problem_type",
+    "delimiter",
+    "validation_fraction",
+)
+SQUAD_OPTIONS = ("doc_stride", "n_best", "max_answer_length", "no_answer_threshold")
+OWN_SCHEDULES = ("progtuning", "none", "without_low_blocks", "growing", "custom", "weighted")
+
+
+class Values(Protocol):
+    """Where values come from, as the layers know it."""
+
+    off: dict[str, str]
+
+    @property
+    def origins(self) -> Any:
+        """Path → origin, with its `kind` and `source`."""
+        ...
+
+    def where(self, path: KeyPath) -> str:
+        """` (from …)` for a path."""
+        ...
+
+
+class _Checks:
+    """Collects faults; a fault about a value that is itself wrong already is left out."""
+
+    def __init__(self, config: Config, values: Values, bad: set[KeyPath]) -> None:
+        self.config = config
+        self.values = values
+        self.bad = bad
+        self.faults: list[Fault] = []
+
+    def got(self, key: str) -> str:
+        """`optimizer.warmup_steps = 10 (from my.json)`."""
+        section, name = key.split(".")
+        return f"{key} = {show(getattr(getattr(self.config, section), name))}{self.values.where((section, name))}"
+
+    def fault(self, key: str, message: str, *others: str) -> None:
+        """Adds a fault at `key`, which also depends on the keys `others`."""
+        if not any(tuple(one.split("."))[:2] in self.bad for one in (key, *others)):
+            self.faults.append(Fault(key, message))
+
+    def given(self, key: str) -> bool:
+        """Whether an option differs from its default."""
+        section, name = key.split(".")
+        group = getattr(self.config, section)
+        return bool(getattr(group, name) != type(group).model_fields[name].get_default(call_default_factory=True))
+
+
+def cross_faults(config: Config, values: Values, bad: set[KeyPath]) -> list[Fault]:
+    """Impossible combinations of options.
+
+    Args:
+        config: every single value is allowed.
+        values: for messages: which layer gave what.
+        bad: paths already reported, whose stand-in values prove nothing.
+    """
+    checks = _Checks(config, values, bad)
+    _optimizer(checks)
+    _schedule(checks)
+    _batches(checks)
+    _engine(checks)
+    _task(checks)
+    return checks.faults
+
+
+def _optimizer(checks: _Checks) -> None:
+    optimizer = checks.config.optimizer
+    if optimizer.warmup_steps is not None and optimizer.warmup_fraction is not None:
+        checks.fault(
+            "optimizer.warmup_steps",
+            f"given together with {checks.got('optimizer.warmup_fraction')} while "
+            f"{checks.got('optimizer.warmup_steps')}; set one of them to null",
+            "optimizer.warmup_fraction",
+        )
+
+
+def _schedule(checks: _Checks) -> None:
+    schedule = checks.config.schedule
+    needed = {"custom": "first_blocks", "weighted": "block_weights"}
+    examples = {
+        "first_blocks": "one first block for each stage, e.g. [0, 4, 8]",
+        "block_weights": "a weight for each block",
+    }
+    for name, option in needed.items():
+        value = getattr(schedule, option)
+        key = f"schedule.{option}"
+        if schedule.name == name and value is None:
+            checks.fault(key, f"missing; schedule '{name}' needs {examples[option]}", "schedule.name")
+        if schedule.name in OWN_SCHEDULES and schedule.name != name and value is not None:
+            checks.fault(key, f"only schedule '{name}' uses it, not {checks.got('schedule.name')}; remove it", "schedule.name")
+    if schedule.name in OWN_SCHEDULES and schedule.options:
+        checks.fault(
+            "schedule.options",
+            f"no options for {checks.got('schedule.name')}: it takes none; remove them",
+            "schedule.name",
+        )
+    for option in ("first_blocks", "starts"):
+        listed = getattr(schedule, option)
+        used = option == "starts" or schedule.name == "custom"
+        if listed is not None and used and len(listed) != checks.config.stages:
+            checks.fault(
+                f"schedule.{option}",
+                f"{len(listed)} entries{checks.values.where(('schedule', option))} for {checks.config.stages} stages; "
+                f"give one for each",
+                "schedule.stages",
+                "schedule.first_blocks",
+                "train.epochs",
+            )
+    starts = schedule.starts
+    if starts is not None and (starts[0] != 0 or any(b <= a for a, b in pairwise(starts))):
+        checks.fault("schedule.starts", f"{checks.got('schedule.starts')} must ascend from 0, e.g. [0, 100, 300]")
+
+
+def _batches(checks: _Checks) -> None:
+    train = checks.config.train
+    micro, rows, accumulation = train.micro_batch_size, train.global_batch_size, train.gradient_accumulation_steps
+    keys = ("train.global_batch_size", "train.micro_batch_size", "train.gradient_accumulation_steps")
+    origins = checks.values.origins
+    from_deepspeed = getattr(origins.get(("train", "micro_batch_size")), "kind", "") == "deepspeed"
+    if micro is not None and from_deepspeed and ("train", "global_batch_size") not in origins:
+        checks.fault(
+            keys[0],
+            f"missing beside {checks.got(keys[1])}; DeepSpeed would multiply by the number of processes: give "
+            f"train_batch_size, or --set train.global_batch_size=…",
+            keys[1],
+        )
+    elif micro is not None and micro > rows:
+        checks.fault(keys[1], f"{checks.got(keys[1])} is above {checks.got(keys[0])}", keys[0])
+    elif accumulation is not None and rows % ((micro or 1) * accumulation):
+        given = " × ".join(checks.got(key) for key in keys[1:] if key != keys[1] or micro is not None)
+        checks.fault(keys[0], f"{checks.got(keys[0])} is not a multiple of {given}", *keys[1:])
+
+
+def _engine(checks: _Checks) -> None:
+    engine, precision = checks.config.engine, checks.config.train.precision
+    if engine.name in ("plain", "ddp") and engine.deepspeed is not None:
+        checks.fault(
+            "engine.name",
+            f"{checks.got('engine.name')} while engine.deepspeed is given"
+            f"{checks.values.where(('engine', 'deepspeed'))}; remove one of them (engine.deepspeed = null)",
+            "engine.deepspeed",
+        )
+    if engine.name == "deepspeed" and engine.deepspeed is None:
+        checks.fault(
+            "engine.deepspeed",
+            'missing; engine.name deepspeed needs it, e.g. {"zero_optimization": {"stage": 2}}',
+            "engine.name",
+        )
+    if precision == "bf16_params" and engine.deepspeed is None:
+        checks.fault(
+            "train.precision",
+            f"{checks.got('train.precision')} needs engine.deepspeed, which keeps the fp32 masters; else use bf16",
+            "engine.deepspeed",
+        )
+    origin = checks.values.origins.get(("train", "precision"))
+    if precision in checks.values.off and getattr(origin, "kind", "") != "set":
+        checks.fault(
+            "train.precision",
+            f"{checks.got('train.precision')} is switched off by {checks.values.off[precision]}; keep one",
+        )
+
+
+def _task(checks: _Checks) -> None:
+    task, model = checks.config.task, checks.config.model
+    if model.name is None and task.name != "demo":
+        checks.fault(
+            "model.name",
+            f"missing; {checks.got('task.name')} needs a model, e.g. the layer configs/models/bert-base.json or "
+            f"--set model.name=google-bert/bert-base-uncased",
+            "task.name",
+        )
+    if task.name == "table":
+        _table(checks)
+    elif task.name in ("demo", *GLUE_TASKS, *SQUAD_TASKS):
+        for option in TABLE_OPTIONS:
+            if checks.given(f"task.{option}"):
+                checks.fault(
+                    f"task.{option}",
+                    f"only task 'table' uses it, not {checks.got('task.name')}; remove it",
+                    "task.name",
+                )
+    if task.name in SQUAD_TASKS:
+        if task.doc_stride >= checks.config.train.max_length:
+            checks.fault(
+                "task.doc_stride",
+                f"{checks.got('task.doc_stride')} must be below {checks.got('train.max_length')}, "
+                f"or text between two windows is lost",
+                "train.max_length",
+            )
+    elif task.name in ("demo", "table", *GLUE_TASKS):
+        for option in SQUAD_OPTIONS:
+            if checks.given(f"task.{option}"):
+                checks.fault(f"task.{option}", f"only squad tasks use it, not {checks.got('task.name')}; remove it", "task.name")
+
+
+def _table(checks: _Checks) -> None:
+    task = checks.config.task
+    sources = [name for name in ("path", "hub", "train_file") if getattr(task, name) is not None]
+    others = ("task.path", "task.hub", "task.train_file")
+    if not sources:
+        checks.fault(
+            "task.train_file",
+            "missing; task 'table' needs your data: train_file, path (a folder) or hub (a data set)",
+            *others,
+        )
+    elif len(sources) > 1:
+        keys = " and ".join(dotted(("task", name)) for name in sources)
+        checks.fault(f"task.{sources[1]}", f"{keys} both name the data; keep one", *others)
+    if task.validation_file is not None and task.validation_fraction is not None:
+        checks.fault(
+            "task.validation_fraction",
+            f"not used beside {checks.got('task.validation_file')}; remove one",
+            "task.validation_file",
+        )
+    if task.labels is not None:
+        if task.problem_type == "regression":
+            checks.fault("task.labels", "names of classes for a regression (task.problem_type); remove one", "task.problem_type")
+        if len(set(task.labels)) < len(task.labels):
+            checks.fault("task.labels", f"{checks.got('task.labels')} names a class twice")
+    if task.text_columns is not None:
+        if len(set(task.text_columns)) < len(task.text_columns):
+            checks.fault("task.text_columns", f"{checks.got('task.text_columns')} names a column twice")
+        if task.label_column in task.text_columns:
+            checks.fault(
+                "task.label_column",
+                f"{checks.got('task.label_column')} is one of task.text_columns",
+                "task.text_columns",
+            )

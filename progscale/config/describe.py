@@ -1,0 +1,75 @@
+"""The schema as a table for the help, a config's fingerprint, and its batch sizes for a world size."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, NamedTuple
+
+from progscale.config.kinds import type_text
+from progscale.config.layers import dump_config
+from progscale.config.schema import SECTIONS, Config
+from progscale.errors import ConfigError, Fault
+
+# Rows a rank runs at once where nothing says how many.
+MICRO_BATCH_CAP = 32
+
+
+class Option(NamedTuple):
+    """One option: dotted key, accepted values, default, and one line about it."""
+
+    key: str
+    type: str
+    default: Any
+    description: str
+
+
+def describe_schema() -> list[Option]:
+    """Every option of a config, in the order of the schema."""
+    found = []
+    for name, field in Config.model_fields.items():
+        section = SECTIONS.get(name)
+        fields = {name: field} if section is None else {f"{name}.{key}": inner for key, inner in section.model_fields.items()}
+        for key, inner in fields.items():
+            default = inner.get_default(call_default_factory=True)
+            found.append(Option(key, type_text(inner), default, inner.description or ""))
+    return found
+
+
+def config_hash(config: Config) -> str:
+    """SHA-256 of what decides the run: everything but its name, its output folder and the description."""
+    values = dump_config(config)
+    del values["description"], values["run"]["name"], values["run"]["output_dir"]
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def micro_batch_size(config: Config, world_size: int) -> int:
+    """Rows a rank runs at once, at most, when `world_size` ranks share the global batch.
+
+    Raises:
+        ConfigError: the global batch cannot be shared equally, or not in the asked number of micro-batches.
+    """
+    train = config.train
+    rows = train.global_batch_size
+    if rows % world_size:
+        below, above = rows // world_size * world_size, (rows // world_size + 1) * world_size
+        near = f"{below} or {above}" if below else f"{above}"
+        raise ConfigError(
+            Fault("train.global_batch_size", f"{rows} rows cannot be shared equally by {world_size} processes; use {near}")
+        )
+    share = rows // world_size
+    steps = train.gradient_accumulation_steps
+    micro = train.micro_batch_size
+    if steps is not None and ((micro is None and share % steps) or (micro is not None and micro * steps != share)):
+        product = f"{steps} micro-batches" + (f" of {micro} rows" if micro is not None else "")
+        raise ConfigError(
+            Fault(
+                "train.gradient_accumulation_steps",
+                f"{rows} rows (train.global_batch_size) on {world_size} processes are {share} each, not {product}; "
+                f"change one of them, or set gradient_accumulation_steps to null",
+            )
+        )
+    if steps is not None:
+        return share // steps
+    return min(share, MICRO_BATCH_CAP if micro is None else micro)

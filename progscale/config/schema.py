@@ -1,0 +1,237 @@
+"""What a run is: one class for each section, every option with its unit, range and default.
+
+Names that users can register (task, method, schedule, model family, optimizer) are plain strings here: who holds the
+registry checks them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic_core import PydanticCustomError
+
+# Far above any real run, far below what a float or an int64 holds exactly.
+Count = Annotated[int, Field(ge=1, le=10**12)]
+CountOrZero = Annotated[int, Field(ge=0, le=10**12)]
+Text = Annotated[str, StringConstraints(min_length=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+GLUE_TASKS = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")
+SQUAD_TASKS = ("squad-v1", "squad-v2")
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys, NaN and values of another type are faults; nothing changes afterwards."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class Run(Section):
+    """Name, folder and seed of the run."""
+
+    name: Text | None = Field(default=None, description="folder of the run below output_dir; null: {task}-{schedule}-{seed}")
+    output_dir: Text = Field(default="runs", description="folder that holds the run folders")
+    seed: int = Field(default=42, ge=0, le=2**32 - 1, description="seed of weights, dropout and the order of the data")
+    threads: Count | None = Field(default=None, description="CPU threads of each rank; null: the node's cores / its ranks")
+
+    @field_validator("name")
+    @classmethod
+    def _is_folder_name(cls, name: str | None) -> str | None:
+        if name is not None and (name in (".", "..") or any(c in name for c in "/\\\0") or len(name) > 200):
+            raise PydanticCustomError("said", "must be one folder name: no slash, not '..', at most 200 characters")
+        return name
+
+
+class Model(Section):
+    """Which encoder, and where it comes from."""
+
+    name: Text | None = Field(
+        default=None, description="hub id, local folder or well-known architecture; null: the demo's tiny encoder"
+    )
+    revision: Text | None = Field(default=None, description="hub revision (branch, tag or commit); null: the default branch")
+    family: Text | None = Field(default=None, description="registered model family; null: found by the model's type")
+    random_weights: bool = Field(default=False, description="build from the model's config alone, without its weights")
+    overrides: dict[str, Any] = Field(
+        default_factory=dict, description='entries of the transformers config, e.g. {"hidden_dropout_prob": 0.0}'
+    )
+    tokenizer: Text | None = Field(default=None, description="hub id or local folder of the tokenizer; null: the model's own")
+
+
+class Task(Section):
+    """The data and how it is scored."""
+
+    name: Text = Field(
+        default="demo",
+        description=f"demo; {', '.join(GLUE_TASKS)}; {', '.join(SQUAD_TASKS)}; table (your own data); or registered",
+    )
+    path: Text | None = Field(default=None, description="local folder or file in the task's official format; null: the hub")
+    hub: Text | None = Field(default=None, description="table: name of a data set on the hub")
+    train_file: Text | None = Field(default=None, description="table: training data (csv, json lines or parquet)")
+    validation_file: Text | None = Field(default=None, description="table: evaluation data in the same format")
+    text_columns: Annotated[list[Text], Field(min_length=1, max_length=2)] | None = Field(
+        default=None, description="table: one column, or two for sentence pairs"
+    )
+    label_column: Text | None = Field(default=None, description="table: column of the label")
+    labels: Annotated[list[Text], Field(min_length=2)] | None = Field(
+        default=None, description="table: names of the classes in order; null: those of the data, sorted"
+    )
+    problem_type: Literal["classification", "regression"] | None = Field(
+        default=None, description="table: what the label is; null: told by its type"
+    )
+    delimiter: Annotated[str, StringConstraints(min_length=1, max_length=1)] | None = Field(
+        default=None, description="table: csv delimiter, one character; null: a comma"
+    )
+    validation_fraction: Share | None = Field(
+        default=None, description="table: share of the training rows kept for evaluation where there is no validation file"
+    )
+    max_train_examples: Count | None = Field(default=None, description="use at most so many training examples")
+    max_eval_examples: Count | None = Field(default=None, description="use at most so many examples of an evaluation split")
+    metric: Text | None = Field(default=None, description="metric that decides which model is best; null: the task's own")
+    doc_stride: Count = Field(default=128, description="squad: tokens between the starts of two windows of a long context")
+    n_best: Count = Field(default=20, description="squad: candidate answers kept of each window")
+    max_answer_length: Count = Field(default=30, description="squad: longest answer, in tokens")
+    no_answer_threshold: float | Literal["auto"] = Field(
+        default="auto", description='squad-v2: score margin for "no answer"; auto: the best one on the evaluation split'
+    )
+
+
+class Method(Section):
+    """What is trained inside a block."""
+
+    name: Text = Field(default="full", description="registered method")
+
+
+class Schedule(Section):
+    """Which blocks are trained when."""
+
+    name: Text = Field(
+        default="progtuning",
+        description="progtuning, none (plain fine-tuning), without_low_blocks, growing, custom, weighted, registered",
+    )
+    stages: Annotated[int, Field(ge=1, le=10_000)] | None = Field(
+        default=None,
+        description="number of stages T; null: as many as first_blocks or starts list, else the epochs, rounded up",
+    )
+    embeddings: Literal["always", "first_stage", "never"] = Field(default="always", description="when the embeddings are trained")
+    first_blocks: Annotated[list[CountOrZero], Field(min_length=1)] | None = Field(
+        default=None, description="custom: the lowest trained block of each stage, e.g. [0, 4, 8]"
+    )
+    starts: Annotated[list[CountOrZero], Field(min_length=1)] | None = Field(
+        default=None, description="optimizer step at which each stage begins, the first 0; null: evenly spread"
+    )
+    block_weights: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] | None = Field(
+        default=None, description="weighted: one positive weight for each block"
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="options of a schedule from another package")
+
+
+class Optimizer(Section):
+    """The optimizer and its learning-rate curve, a closed form of the optimizer step."""
+
+    name: Text = Field(default="adamw", description="registered optimizer")
+    lr: float = Field(default=2e-5, gt=0, le=100, description="learning rate after warm-up (the demo alone: 1e-3)")
+    weight_decay: float = Field(default=0.01, ge=0, le=100, description="decoupled weight decay")
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = Field(
+        default=[0.9, 0.999], description="decay rates of Adam's two moments"
+    )
+    eps: float = Field(default=1e-8, gt=0, le=1, description="added to Adam's denominator")
+    decay_bias_and_norm: bool = Field(default=False, description="apply weight decay to biases and normalisation weights too")
+    lr_schedule: Literal["linear", "cosine", "polynomial", "constant"] = Field(
+        default="linear", description="shape of the curve after warm-up"
+    )
+    warmup_steps: CountOrZero | None = Field(default=None, description="optimizer steps of the linear rise from 0")
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        default=None, description="the same as a share of the run's steps; give only one of the two"
+    )
+    final_lr_fraction: float = Field(default=0.0, ge=0, le=1, description="share of lr that is left at the last step")
+    power: float = Field(default=1.0, gt=0, le=100, description="exponent of the polynomial curve")
+    restart_each_stage: bool = Field(default=False, description="begin the whole curve anew in each stage")
+
+
+class Train(Section):
+    """Length of the run, batches, precision and evaluation."""
+
+    epochs: float = Field(default=3.0, gt=0, le=1e6, description="passes over the training data; 0.5 is half a pass")
+    max_steps: Count | None = Field(default=None, description="stop after so many optimizer steps, whatever the epochs")
+    micro_batch_size: Count | None = Field(
+        default=None, description="rows a rank runs at once; null: its share of the global batch, at most 32"
+    )
+    global_batch_size: Count = Field(default=32, description="rows of an optimizer step, over all ranks")
+    gradient_accumulation_steps: Count | None = Field(
+        default=None, description="refuse to start unless a rank runs just so many micro-batches a step; null: no check"
+    )
+    max_tokens_per_micro_batch: Count | None = Field(
+        default=None, description="split a rank's rows also by padded tokens; changes memory and speed, not the result"
+    )
+    eval_batch_size: Count = Field(default=64, description="rows a rank evaluates at once")
+    max_length: Count = Field(default=128, description="tokens of a row; longer ones are cut or, for squad, windowed")
+    precision: Literal["fp32", "bf16", "bf16_params", "fp16"] = Field(
+        default="fp32",
+        description="bf16: fp32 parameters under autocast; bf16_params: bf16 parameters with fp32 masters (DeepSpeed)",
+    )
+    gradient_checkpointing: bool = Field(default=False, description="recompute activations in the backward pass")
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
+        default=1.0, description="clip the gradient to this global norm; null: never"
+    )
+    group_by_length: bool = Field(default=True, description="form batches of rows of similar length")
+    num_workers: Annotated[int, Field(ge=0, le=1024)] = Field(default=0, description="data loader processes of each rank")
+    logging_steps: Count = Field(default=10, description="optimizer steps between two records in metrics.jsonl")
+    evaluate: Literal["epoch", "stage", "end"] = Field(default="epoch", description="when to evaluate; always at the end")
+    save_model: Literal["best", "last", "none"] = Field(default="best", description="which weights go to the model folder")
+    nonfinite: str = Field(default="stop", description="NaN or infinite loss or gradient: stop, or skip:N steps in a row")
+    fused_optimizer: bool | None = Field(default=None, description="torch's fused kernel; null: where the device has one")
+
+    @field_validator("nonfinite")
+    @classmethod
+    def _is_policy(cls, policy: str) -> str:
+        word, _, number = policy.partition(":")
+        digits = number.isascii() and number.isdecimal() and len(number) <= 9 and number[:1] != "0"
+        if policy != "stop" and not (word == "skip" and digits):
+            raise PydanticCustomError("said", "must be 'stop' or 'skip:N' with N at least 1, e.g. 'skip:3'")
+        return policy
+
+
+class Engine(Section):
+    """What runs the stages on one or many ranks."""
+
+    name: Literal["auto", "plain", "ddp", "deepspeed"] = Field(
+        default="auto", description="auto: deepspeed where engine.deepspeed is given, else ddp on several ranks, else plain"
+    )
+    deepspeed: dict[str, Any] | None = Field(
+        default=None, description='a DeepSpeed config, literally; batch, clipping and bucket sizes may be "auto"'
+    )
+    timeout_seconds: Count = Field(default=600, description="give up when a rank is silent for so long")
+
+
+class Config(Section):
+    """A whole run. `load_config` builds it; by hand, `Config(train=Train(epochs=2))` takes every other default."""
+
+    description: str | None = Field(default=None, description="what a layer is for, and where its values come from")
+    run: Run = Field(default_factory=Run)
+    model: Model = Field(default_factory=Model)
+    task: Task = Field(default_factory=Task)
+    method: Method = Field(default_factory=Method)
+    schedule: Schedule = Field(default_factory=Schedule)
+    optimizer: Optimizer = Field(default_factory=Optimizer)
+    train: Train = Field(default_factory=Train)
+    engine: Engine = Field(default_factory=Engine)
+
+    @property
+    def run_name(self) -> str:
+        """`run.name`, or `{task}-{schedule}-{seed}`."""
+        return self.run.name or f"{self.task.name}-{self.schedule.name}-{self.run.seed}".replace("/", "-")
+
+    @property
+    def stages(self) -> int:
+        """The number of stages T: `schedule.stages`, else the length of its lists, else the epochs rounded up."""
+        listed = self.schedule.first_blocks or self.schedule.starts
+        return self.schedule.stages or (len(listed) if listed else math.ceil(self.train.epochs))
+
+
+SECTIONS: dict[str, type[Section]] = {
+    name: field.annotation
+    for name, field in Config.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+}

@@ -1,0 +1,355 @@
+"""What an engine does: build a stage, take a step, show its state. The loop knows nothing else of it.
+
+An engine is built once for a run; each stage is built anew from its `StageBuild` (stage → trainable set → param groups →
+engine), and the optimizer state of the surviving parameters is carried over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.distributed as dist
+import xxhash
+
+from progscale.engine import ranks
+from progscale.engine.state import Shard, match_shards, move_shard, redistribute
+from progscale.optim import AdamW, StageBuild
+
+Precision = Literal["fp32", "bf16", "bf16_params", "fp16"]
+LossFunction = Callable[[Any, Mapping[str, torch.Tensor]], torch.Tensor]
+
+
+class MicroBatch(Protocol):
+    """What one rank runs at once: `inputs` and `labels` by name, and a weight of 0 for a mere filler."""
+
+    inputs: dict[str, torch.Tensor]
+    labels: dict[str, torch.Tensor]
+    weight: float
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What every engine needs to know.
+
+    Attributes:
+        precision: "fp32"; "bf16": fp32 parameters under bf16 autocast; "bf16_params": bf16 parameters with fp32 masters
+            (DeepSpeed); "fp16": autocast with a loss scale (one GPU, DDP), fp16 parameters under DeepSpeed.
+        optimizer: AdamW's settings.
+        max_grad_norm: clip the global gradient norm; None leaves it.
+        micro_batch_size: rows of a micro-batch at most (DeepSpeed wants a number in its config).
+    """
+
+    precision: Precision = "fp32"
+    optimizer: AdamW = AdamW()
+    max_grad_norm: float | None = 1.0
+    micro_batch_size: int = 1
+
+
+@dataclass(frozen=True)
+class Switch:
+    """What beginning a stage did.
+
+    Attributes:
+        rebuilt: False when the stage trains just what the one before did.
+        seconds: wall time.
+        carried: how the state moved: "none" (nothing to move), "shards" (rank-local) or "slices".
+    """
+
+    rebuilt: bool
+    seconds: float
+    carried: Literal["none", "shards", "slices"]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did, the same on every rank.
+
+    Attributes:
+        loss: mean over the rows of the global batch.
+        grad_norm: global L2 norm before clipping.
+        applied: False when the update was left out.
+        fault: "loss" or "gradient" when it was not finite on some rank; None when the loss scale of fp16 skipped the step.
+        ranks: the ranks where the fault was seen.
+    """
+
+    loss: float
+    grad_norm: float
+    applied: bool
+    fault: Literal["loss", "gradient"] | None = None
+    ranks: tuple[int, ...] = ()
+
+
+class Engine(ABC):
+    """Trains one stage at a time.
+
+    Attributes:
+        name: "plain", "ddp", "zero1", "zero2-offload", … as reports show it.
+        module: the model itself, without any wrapper.
+        build: the current stage's description.
+    """
+
+    name: str
+
+    def __init__(self, module: torch.nn.Module, settings: EngineSettings, accelerator: Any) -> None:
+        self.module = module
+        self.settings = settings
+        self.accelerator = accelerator
+        self.build: StageBuild | None = None
+        # Names never change, the tensors behind them neither: looked up once.
+        self.parameters: dict[str, torch.nn.Parameter] = dict(module.named_parameters())
+
+    # -- where we are ---------------------------------------------------------------------------------------------
+
+    @property
+    def rank(self) -> int:
+        """Of this process among all."""
+        return int(self.accelerator.process_index)
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the run."""
+        return int(self.accelerator.num_processes)
+
+    @property
+    def device(self) -> torch.device:
+        """Of the model on this rank."""
+        return torch.device(self.accelerator.device)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.rank == 0
+
+    # -- stages ---------------------------------------------------------------------------------------------------
+
+    def begin_stage(self, build: StageBuild, *, force: bool = False) -> Switch:
+        """Builds the stage anew and carries surviving state over. A collective.
+
+        Args:
+            build: the stage's description.
+            force: rebuild even when the trained tensors stay the same.
+        """
+        start = time.perf_counter()
+        if self.build is not None and self.build.groups == build.groups and not force:
+            self.build = build
+            return Switch(False, time.perf_counter() - start, "none")
+        first = self.build is None
+        old = [] if first else self.shards()
+        scale = None if first else self._scaler_state()
+        if not first:
+            self._release()
+        self._set_trainable(build)
+        self.build = build
+        self._build(build)
+        carried = self._carry(old)
+        if scale is not None:
+            self._load_scaler_state(scale)
+        return Switch(True, time.perf_counter() - start, carried)
+
+    def _set_trainable(self, build: StageBuild) -> None:
+        live = build.live
+        for name, parameter in self.parameters.items():
+            parameter.requires_grad_(name in live)
+            parameter.grad = None
+
+    def _carry(self, old: Sequence[Shard]) -> Literal["none", "shards", "slices"]:
+        new = self.shards()
+        pairs = match_shards(old, new)
+        # One rank alone cannot decide: the slice path is a collective.
+        if self.all_true(pairs is not None):
+            assert pairs is not None
+            for source, target in pairs:
+                move_shard(source, target)
+                self._state_changed(target)
+            return "shards" if pairs else "none"
+        redistribute(old, new, device=self.device, distributed=self.world_size > 1)
+        for shard in new:
+            self._state_changed(shard)
+        return "slices"
+
+    # -- a step ---------------------------------------------------------------------------------------------------
+
+    def train_step(
+        self, micro_batches: Sequence[MicroBatch], rows: int, loss_function: LossFunction, learning_rate: float
+    ) -> StepResult:
+        """One optimizer step on one global batch. A collective.
+
+        The gradient is the sum over the rows of the global batch divided by their number, whatever the split into ranks
+        and micro-batches. It is checked on all ranks before any weight changes.
+
+        Args:
+            micro_batches: this rank's share; every rank has equally many.
+            rows: of the global batch.
+            loss_function: gives the loss of each row, float32, shape `(rows,)`.
+            learning_rate: for this step.
+        """
+        total = torch.zeros((), device=self.device)
+        for index, micro in enumerate(micro_batches):
+            last = index == len(micro_batches) - 1
+            with self._accumulating(last):
+                outputs = self.forward(micro.inputs)
+                loss = loss_function(outputs, self.to_device(micro.labels)).sum() * (micro.weight / rows)
+                # Every engine averages over its ranks; the sum is wanted.
+                self._backward(loss * self.world_size, last)
+            total += loss.detach()
+        return self._finish_step(total, learning_rate)
+
+    def _finish_step(self, total: torch.Tensor, learning_rate: float) -> StepResult:
+        squared = self._gradient_norm_squared()
+        report = torch.stack([total.double(), squared.double()]).to("cpu")
+        reports = self._gather_numbers(report)
+        loss = float(reports[:, 0].sum())
+        grad_norm = float(self._combine_squared(reports[:, 1]).sqrt())
+        bad_loss = [rank for rank, value in enumerate(reports[:, 0]) if not torch.isfinite(value)]
+        bad_gradient = [rank for rank, value in enumerate(reports[:, 1]) if not torch.isfinite(value)]
+        if bad_loss or (bad_gradient and not self.scales_loss):
+            self._discard()
+            fault: Literal["loss", "gradient"] = "loss" if bad_loss else "gradient"
+            return StepResult(loss, grad_norm, False, fault, tuple(bad_loss or bad_gradient))
+        applied = self._apply(learning_rate, grad_norm)
+        return StepResult(loss, grad_norm, applied)
+
+    def forward(self, inputs: Mapping[str, torch.Tensor]) -> Any:
+        """The model's outputs for one micro-batch, in the engine's precision."""
+        with self._autocast():
+            return self._wrapped()(**self.to_device(inputs))
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Dropout off, no graph; training mode comes back after."""
+        self.module.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.module.train()
+
+    # -- what others may see --------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def shards(self) -> list[Shard]:
+        """What the optimizer steps on this rank, with its state; views, no copies."""
+
+    def updated_volume(self) -> int:
+        """Σ over the optimizer's tensors of their true elements times the steps it has taken on them, over all ranks.
+
+        This is the measured side of the ledger: it reads the optimizer's own step counters. A collective.
+        """
+        volume = float(sum(shard.numel * shard.step for shard in self.shards()))
+        return round(self._sum_over_partitions(volume))
+
+    def optimizer_state_bytes(self) -> int:
+        """Bytes of moments and of fp32 masters beside the parameters, on the rank that holds most. A collective."""
+        return int(max(self.gather_objects(self._local_state_bytes())))
+
+    def digests(self, names: Sequence[str]) -> dict[str, str]:
+        """A 128-bit hash (XXH3) of the bits that this rank holds of each named parameter."""
+        return {name: digest(self._local_tensor(name)) for name in names}
+
+    @abstractmethod
+    def full_parameters(self, names: Sequence[str] | None = None) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """Whole parameters one by one, on the CPU of the main process, None elsewhere. A collective under ZeRO-3."""
+
+    # -- talk between ranks ---------------------------------------------------------------------------------------
+
+    def gather_objects(self, thing: Any) -> list[Any]:
+        """`thing` of every rank, in the order of ranks. A collective."""
+        return ranks.gather_objects(thing)
+
+    def all_true(self, flag: bool) -> bool:
+        """Whether the flag is set on every rank. A collective."""
+        return all(self.gather_objects(flag))
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        ranks.barrier()
+
+    def to_device(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors on this rank's device."""
+        return {key: value.to(self.device, non_blocking=True) for key, value in tensors.items()}
+
+    def _gather_numbers(self, numbers: torch.Tensor) -> torch.Tensor:
+        if self.world_size == 1:
+            return numbers[None]
+        numbers = numbers.to(self.device)
+        gathered = torch.empty(self.world_size * numbers.numel(), dtype=numbers.dtype, device=self.device)
+        dist.all_gather_into_tensor(gathered, numbers)
+        return gathered.view(self.world_size, -1).cpu()
+
+    # -- what an engine must say ----------------------------------------------------------------------------------
+
+    scales_loss: bool = False
+    partitions_state: bool = False
+
+    @abstractmethod
+    def _wrapped(self) -> Callable[..., Any]:
+        """What the forward pass must enter through."""
+
+    @abstractmethod
+    def _build(self, build: StageBuild) -> None:
+        """Makes optimizer and wrapper for the stage."""
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Lets go of the old stage's optimizer and wrapper, so that nothing of them stays alive."""
+
+    @abstractmethod
+    def _accumulating(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Around forward and backward of a micro-batch; only the last one may communicate."""
+
+    @abstractmethod
+    def _backward(self, loss: torch.Tensor, last: bool) -> None: ...
+
+    @abstractmethod
+    def _gradient_norm_squared(self) -> torch.Tensor:
+        """Of the gradient that this rank will step with, before clipping."""
+
+    @abstractmethod
+    def _discard(self) -> None:
+        """Drops the gradient, as if the batch had never been."""
+
+    @abstractmethod
+    def _apply(self, learning_rate: float, grad_norm: float) -> bool:
+        """Clips and steps; returns whether the weights were updated."""
+
+    def _combine_squared(self, by_rank: torch.Tensor) -> torch.Tensor:
+        return by_rank.sum() if self.partitions_state else by_rank[0]
+
+    def _sum_over_partitions(self, value: float) -> float:
+        return sum(self.gather_objects(value)) if self.partitions_state else value
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+    def _local_tensor(self, name: str) -> torch.Tensor:
+        return self.parameters[name].detach()
+
+    def _local_state_bytes(self) -> int:
+        return sum(shard.state_bytes() for shard in self.shards())
+
+    def _state_changed(self, shard: Shard) -> None:
+        """Called after a shard's state was written from outside."""
+
+    def _scaler_state(self) -> dict[str, Any] | None:
+        return None
+
+    def _load_scaler_state(self, state: dict[str, Any]) -> None:
+        raise NotImplementedError(f"{self.name} scales no loss")
+
+    def close(self) -> None:
+        """Lets go of the last stage."""
+        if self.build is not None:
+            self._release()
+            self.build = None
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """XXH3-128 of a tensor's bytes. Any flipped bit shows, whatever the dtype."""
+    flat = tensor.detach().to("cpu").contiguous().view(-1)
+    return xxhash.xxh3_128_hexdigest(flat.view(torch.uint8).numpy().data) if flat.numel() else ""

@@ -1,0 +1,276 @@
+"""ZeRO 1, 2 and 3 through Accelerate, with and without optimizer offload. DeepSpeed's internals are known to this file alone.
+
+A stage switch destroys the old DeepSpeed engine and builds a new one over the same module. Setting `requires_grad`
+to False would not do: ZeRO fills a missing gradient with zeros, and momentum and weight decay go on moving the weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from progscale.engine.base import Engine, EngineSettings
+from progscale.engine.state import Piece, Shard
+from progscale.optim import StageBuild
+
+# What DeepSpeed leaves on parameters and modules when an engine is destroyed, and what then keeps the whole engine alive
+# (0.18, 0.19). The module attributes are made once a module and close over the first engine.
+_PARAMETER_LEFTOVERS = ("_hp_mapping", "_z3_optimizer", "_zero_optimizer", "grad_accum", "comm_dtype")
+_MODULE_LEFTOVERS = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "ds_grads_remaining")
+
+
+class DeepSpeedEngine(Engine):
+    """Optimizer state, gradients and (ZeRO-3) parameters are partitioned over the ranks.
+
+    Args:
+        module: the model; under ZeRO-3 it may already be partitioned.
+        settings: common to all engines.
+        accelerator: made with a DeepSpeedPlugin.
+        deepspeed: the user's literal DeepSpeed JSON, without the keys that are ours.
+    """
+
+    partitions_state = True
+
+    def __init__(
+        self, module: torch.nn.Module, settings: EngineSettings, accelerator: Any, deepspeed: Mapping[str, Any]
+    ) -> None:
+        super().__init__(module, settings, accelerator)
+        self.deepspeed = dict(deepspeed)
+        zero = self.deepspeed["zero_optimization"]
+        self.zero_stage = int(zero["stage"])
+        self.offloads = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+        self.name = f"zero{self.zero_stage}" + ("-offload" if self.offloads else "")
+        self.scales_loss = settings.precision == "fp16"
+        self._engine: Any = None
+
+    # -- stages ---------------------------------------------------------------------------------------------------
+
+    def _build(self, build: StageBuild) -> None:
+        plugin = self.accelerator.state.deepspeed_plugin
+        # Accelerate fills "auto" once and keeps the values; each stage writes the whole config anew.
+        from accelerate.utils.deepspeed import HfDeepSpeedConfig
+
+        plugin.hf_ds_config = HfDeepSpeedConfig(
+            stage_config(self.deepspeed, self.settings, self.world_size, hidden_size(self.module))
+        )
+        plugin.deepspeed_config = plugin.hf_ds_config.config
+        optimizer = self.settings.optimizer.build(self.parameters, build.groups)
+        self._engine, _ = self.accelerator.prepare(self.module, optimizer)
+
+    def _release(self) -> None:
+        engine, self._engine = self._engine, None
+        for value in list(vars(engine).values()):
+            if type(value).__name__ == "RemovableHandle":
+                value.remove()
+        engine.destroy()
+        # `__del__` destroys again, when the next engine already stands on the same parameters.
+        engine.destroy = lambda: None
+        for parameter in self.parameters.values():
+            parameter.grad = None
+            for attribute in _PARAMETER_LEFTOVERS:
+                parameter.__dict__.pop(attribute, None)
+        for child in self.module.modules():
+            for attribute in _MODULE_LEFTOVERS:
+                child.__dict__.pop(attribute, None)
+        # Accelerate would destroy the engine once more.
+        self.accelerator.deepspeed_engine_wrapped = None
+        del engine
+        self.accelerator.free_memory()
+        gc.collect()
+
+    # -- a step ---------------------------------------------------------------------------------------------------
+
+    def _wrapped(self) -> Callable[..., Any]:
+        return self._engine
+
+    @contextlib.contextmanager
+    def _accumulating(self, last: bool) -> Iterator[None]:
+        self._engine.set_gradient_accumulation_boundary(last)
+        yield
+
+    def _backward(self, loss: torch.Tensor, last: bool) -> None:
+        self._engine.backward(loss, scale_wrt_gas=False)
+        if not last:
+            # Off the boundary this only counts the micro-batch; without it ZeRO would overwrite instead of accumulate.
+            self._engine.step()
+
+    def _zero(self) -> Any:
+        return self._engine.optimizer
+
+    def _gradients(self) -> list[torch.Tensor]:
+        """This rank's reduced gradients at the boundary; each element lies on one rank, padding is 0."""
+        zero = self._zero()
+        if self.offloads:
+            flats = zero.fp32_partitioned_groups_flat if self.zero_stage == 3 else zero.single_partition_of_fp32_groups
+            return [flat.grad for flat in flats]
+        return [tensor for group in zero.averaged_gradients.values() if group is not None for tensor in group]
+
+    def _gradient_norm_squared(self) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=self.device)
+        for gradient in self._gradients():
+            total += torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32).square().to(self.device)
+        scale = float(self._zero().loss_scale) if self.scales_loss else 1.0
+        return total / scale**2
+
+    def _discard(self) -> None:
+        zero = self._zero()
+        zero.zero_grad()
+        zero._epilogue_ran_this_backward = False
+        if self.zero_stage == 3:
+            self._discard_stage3(zero)
+            return
+        zero.micro_step_id = -1
+        for key in list(zero.averaged_gradients):
+            zero.averaged_gradients[key] = None
+            zero.all_grad_tensors[key] = None
+        if self.offloads:
+            zero.reset_cpu_buffers()
+            zero._offload_accumulated_param_ids = set()
+            for flat in zero.single_partition_of_fp32_groups:
+                flat.grad.zero_()
+
+    def _discard_stage3(self, zero: Any) -> None:
+        zero.micro_step_id = 0
+        zero._offload_boundary_param_ids = set()
+        for bucket in zero.ipg_buckets.values():
+            bucket.clear_params()
+        zero._partition_all_parameters()
+        if self.offloads:
+            zero.reset_cpu_buffers()
+            for flat in zero.fp32_partitioned_groups_flat:
+                flat.grad.zero_()
+        else:
+            zero.averaged_gradients = {}
+            zero.grad_partitions_flat_buffer.zero_()
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+    def _apply(self, learning_rate: float, grad_norm: float) -> bool:
+        for group in self._zero().param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+        return bool(self._engine.was_step_applied())
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def shards(self) -> list[Shard]:
+        """This rank's flat fp32 partitions: one for each param group (ZeRO 1, 2) or sub-group (ZeRO 3)."""
+        return self._shards_of_stage3() if self.zero_stage == 3 else self._shards_of_stage12()
+
+    def _names(self) -> dict[int, str]:
+        return {id(parameter): name for name, parameter in self.parameters.items()}
+
+    def _shards_of_stage12(self) -> list[Shard]:
+        zero, names, shards = self._zero(), self._names(), []
+        for index, parameters in enumerate(zero.round_robin_bit16_groups):
+            size = int(zero.partition_size[index])
+            first = self.rank * size
+            offsets = _offsets(zero, index, parameters)
+            pieces = []
+            for parameter, offset in zip(parameters, offsets, strict=True):
+                start, end = max(offset, first), min(offset + parameter.numel(), first + size)
+                if start < end:
+                    pieces.append(Piece(names[id(parameter)], start - offset, end - offset, start - first))
+            flat = zero.single_partition_of_fp32_groups[index]
+            shards.append(Shard(tuple(pieces), flat, zero.optimizer.state[flat], index))
+        return shards
+
+    def _shards_of_stage3(self) -> list[Shard]:
+        zero, names, shards = self._zero(), self._names(), []
+        for index, parameters in enumerate(zero.fp16_groups):
+            pieces, offset = [], 0
+            for parameter in parameters:
+                size = int(parameter.partition_numel())
+                start = self.rank * size
+                end = min(start + size, int(parameter.ds_numel))
+                if start < end:
+                    pieces.append(Piece(names[id(parameter)], start, end, offset))
+                offset += size
+            flat = zero.fp32_partitioned_groups_flat[index]
+            group = int(zero.sub_group_to_group_id[index])
+            shards.append(Shard(tuple(pieces), flat, zero.optimizer.state[flat], group))
+        return shards
+
+    def _local_state_bytes(self) -> int:
+        masters = sum(shard.tensor.numel() * shard.tensor.element_size() for shard in self.shards())
+        return masters + super()._local_state_bytes()
+
+    def _local_tensor(self, name: str) -> torch.Tensor:
+        parameter = self.parameters[name]
+        held = parameter.ds_tensor if self.zero_stage == 3 else parameter
+        return held.detach()
+
+    def full_parameters(self, names: Sequence[str] | None = None) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """Whole parameters, gathered one at a time under ZeRO-3."""
+        import deepspeed
+
+        for name in self.parameters if names is None else names:
+            parameter = self.parameters[name]
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
+                yield name, parameter.detach().cpu().clone() if self.is_main else None
+
+    def _scaler_state(self) -> dict[str, Any] | None:
+        if not self.scales_loss:
+            return None
+        scaler = self._zero().loss_scaler
+        return {key: value for key, value in vars(scaler).items() if isinstance(value, int | float | bool)}
+
+    def _load_scaler_state(self, state: dict[str, Any]) -> None:
+        vars(self._zero().loss_scaler).update(state)
+
+
+def _offsets(zero: Any, group: int, parameters: Sequence[torch.Tensor]) -> list[int]:
+    """Where each parameter begins in the group's flat buffer; newer releases may pad between them."""
+    if hasattr(zero, "round_robin_bit16_offsets"):
+        return [int(offset) for offset in zero.round_robin_bit16_offsets[group]]
+    offsets, offset = [], 0
+    for parameter in parameters:
+        offsets.append(offset)
+        offset += parameter.numel()
+    return offsets
+
+
+def hidden_size(module: torch.nn.Module) -> int:
+    """The model's hidden size, which fills the "auto" bucket sizes."""
+    config = getattr(module, "config", None)
+    return int(getattr(config, "hidden_size", None) or getattr(config, "dim", None) or 1024)
+
+
+def stage_config(
+    deepspeed: Mapping[str, Any], settings: EngineSettings, world_size: int, hidden: int
+) -> dict[str, Any]:
+    """A stage's whole DeepSpeed config: the user's literal keys, ours, and "auto" values filled."""
+    config = copy.deepcopy(dict(deepspeed))
+    config.update(
+        train_micro_batch_size_per_gpu=settings.micro_batch_size,
+        # Accumulation is ours: the boundary is set before each micro-batch and nothing is scaled by this number. Above 1
+        # it makes offload keep its accumulation buffers.
+        gradient_accumulation_steps=2,
+        train_batch_size=settings.micro_batch_size * 2 * world_size,
+        gradient_clipping=settings.max_grad_norm or 0.0,
+        zero_allow_untested_optimizer=True,
+        # torch's fused AdamW is vectorised on the CPU too; DeepSpeed's own would need a compiler on every node.
+        zero_force_ds_cpu_optimizer=False,
+        steps_per_print=2**31,
+        bf16={"enabled": settings.precision == "bf16_params"},
+    )
+    if settings.precision == "fp16":
+        config["fp16"] = {**config.get("fp16", {}), "enabled": True}
+    else:
+        config["fp16"] = {"enabled": False}
+    if settings.precision == "bf16":
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    zero = config["zero_optimization"]
+    for key, value in {
+        "reduce_bucket_size": hidden * hidden,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden * hidden),
+        "stage3_param_persistence_threshold": 10 * hidden,
+    }.items():
+        if zero.get(key) == "auto":
+            zero[key] = value
+    return config

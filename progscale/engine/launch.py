@@ -1,0 +1,144 @@
+"""The process's environment and the engine of a run: ranks, backend, threads, Accelerate."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from progscale.engine.base import Engine, EngineSettings
+from progscale.engine.local import LocalEngine
+from progscale.errors import UserError
+
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def world_size() -> int:
+    """Processes that the launcher started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def set_up_cpu(threads: int | None = None) -> int:
+    """Thread count and denormal handling of this process; to be called before any tensor work.
+
+    The threads of torch's pool inherit the flush-to-zero mode of the thread that starts them, hence the order.
+
+    Args:
+        threads: for this rank; None shares the machine's cores among its local ranks.
+
+    Returns:
+        The number of threads set.
+    """
+    torch.set_flush_denormal(True)
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    count = threads or max(1, len(os.sched_getaffinity(0)) // local_ranks)
+    torch.set_num_threads(count)
+    return count
+
+
+def make_accelerator(*, deepspeed: Mapping[str, Any] | None, timeout_seconds: int = 600) -> Any:
+    """Accelerate's handle on the process group; made once, before the engine.
+
+    Mixed precision stays with the engine: Accelerate would wrap the model's forward once more at each stage.
+
+    Args:
+        deepspeed: the literal DeepSpeed JSON of the run, or None for one process or DDP.
+        timeout_seconds: of collectives.
+    """
+    # A config file with distributed_type DEEPSPEED makes Accelerate refuse a plugin that is built here.
+    os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
+    os.environ.pop("ACCELERATE_DEEPSPEED_CONFIG_FILE", None)
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+    if deepspeed is None:
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    on_gpu = torch.cuda.is_available()
+    if deepspeed is not None and not on_gpu:
+        find_compiler()
+    from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
+
+    plugin = None
+    if deepspeed is not None:
+        set_single_process_environment()
+        # Models are loaded by ourselves, also under ZeRO-3; transformers must not partition behind our back.
+        plugin = DeepSpeedPlugin(hf_ds_config=_accelerate_config(deepspeed), zero3_init_flag=False)
+    process_group = InitProcessGroupKwargs(
+        # Without the name Accelerate's state sees one process under DeepSpeed on a machine with no GPU; with it, a plain
+        # run would wait for a process group that nobody starts.
+        backend="gloo" if not on_gpu and "RANK" in os.environ else None,
+        timeout=datetime.timedelta(seconds=timeout_seconds),
+    )
+    return Accelerator(
+        mixed_precision="no", cpu=not on_gpu and plugin is None, deepspeed_plugin=plugin, kwargs_handlers=[process_group]
+    )
+
+
+def check_precision(precision: str, device: torch.device, deepspeed: bool) -> None:
+    """Refuses a precision that the device or the engine does not have.
+
+    Raises:
+        UserError: naming what can be chosen instead.
+    """
+    if precision == "bf16_params" and not deepspeed:
+        raise UserError(
+            "train.precision: 'bf16_params' keeps fp32 masters in DeepSpeed; without it take 'bf16' (autocast over fp32 weights)"
+        )
+    if precision == "fp16" and device.type == "cpu":
+        from deepspeed.accelerator import get_accelerator
+
+        if not deepspeed or not get_accelerator().is_fp16_supported():
+            raise UserError("train.precision: 'fp16' is not supported on this CPU; take 'bf16' or 'fp32'")
+
+
+def create_engine(
+    module: torch.nn.Module, settings: EngineSettings, accelerator: Any, deepspeed: Mapping[str, Any] | None = None
+) -> Engine:
+    """The engine that fits: DeepSpeed when its JSON is given, else DDP on several processes, else plain."""
+    if deepspeed is not None:
+        from progscale.engine.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(module, settings, accelerator, deepspeed)
+    return LocalEngine(module, settings, accelerator)
+
+
+def set_single_process_environment() -> None:
+    """Rank variables for a process that no launcher gave any: DeepSpeed needs them even when it is alone."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(
+        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+
+
+def find_compiler() -> None:
+    """On a machine with no GPU, DeepSpeed compiles its shared-memory collectives at the first run (25 to 40 s).
+
+    Raises:
+        UserError: a C++ compiler or ninja is missing.
+    """
+    # ninja comes with DeepSpeed, into the environment's own bin, which is on no PATH unless somebody activated it.
+    own_bin = str(Path(sys.executable).parent)
+    if own_bin not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = own_bin + os.pathsep + os.environ.get("PATH", "")
+    missing = [tool for tool in ("c++", "ninja") if shutil.which(tool) is None]
+    if missing:
+        raise UserError(
+            f"engine.deepspeed: DeepSpeed on a CPU compiles its collectives at the first run and needs "
+            f"{' and '.join(missing)}; install a C++ compiler and ninja (Debian: apt-get install g++ ninja-build), "
+            f"or run without DeepSpeed (configs/ddp.json)"
+        )
+
+
+def _accelerate_config(deepspeed: Mapping[str, Any]) -> dict[str, Any]:
+    """A config that satisfies Accelerate's own start; every stage writes its real one."""
+    return {**copy.deepcopy(dict(deepspeed)), "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}

@@ -1,0 +1,147 @@
+"""Weights onto ranks: the ordinary way, and under ZeRO-3 without any rank holding the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from progscale.engine import ranks
+from progscale.errors import ModelError
+from progscale.models.family import Family, ModelRequest
+from progscale.models.loading import auto_class, load_config, load_model
+from progscale.models.weights import checkpoint_files, checkpoint_names, find_safetensors
+
+
+def load_module(
+    request: ModelRequest, family: Family, deepspeed: Mapping[str, Any] | None, *, dtype: torch.dtype = torch.float32
+) -> torch.nn.Module:
+    """The model of a request, ready for an engine.
+
+    Under ZeRO-3 a checkpoint in safetensors is read tensor by tensor, and each rank keeps only its partition. Everything
+    else (random weights, a family's own loader, pickle) is built whole and partitioned when the engine begins.
+
+    Args:
+        request: which model.
+        family: of the model.
+        deepspeed: the run's DeepSpeed JSON.
+        dtype: of partitioned parameters.
+
+    Raises:
+        ModelError: the weights cannot be loaded, or do not fit.
+    """
+    stage = int((deepspeed or {}).get("zero_optimization", {}).get("stage", 0))
+    own_way = family.load is not None or request.random_weights or not find_safetensors(request.name, request.revision)
+    if stage != 3 or own_way:
+        return load_model(request, family)
+    assert deepspeed is not None
+    return load_partitioned(request, deepspeed, dtype)
+
+
+def load_partitioned(request: ModelRequest, deepspeed: Mapping[str, Any], dtype: torch.dtype) -> torch.nn.Module:
+    """Builds the model without memory, then fills and partitions it module by module. A collective.
+
+    The peak on a rank is its partition and the largest single module.
+    """
+    from accelerate import init_empty_weights
+
+    config = load_config(request)
+    with init_empty_weights(include_buffers=False):
+        module: torch.nn.Module = auto_class(request, config).from_config(
+            config, dtype=torch.float32, trust_remote_code=request.trust_remote_code
+        )
+    module.tie_weights()
+    sources = _sources(module, checkpoint_files(request.name, request.revision))
+    missing = _missing(module, sources, request)
+    with zero_init(deepspeed, dtype) as partition_parameters:
+        for name, child in module.named_modules():
+            own = [key for key, parameter in child._parameters.items() if parameter is not None and parameter.is_meta]
+            if not own:
+                continue
+            _fill(module, child, [f"{name}.{key}" if name else key for key in own], sources, missing)
+            partition_parameters(child)
+    # Tied names still point at the empty tensor that was there before.
+    module.tie_weights()
+    module.eval()
+    return module
+
+
+def _sources(module: torch.nn.Module, files: list[Path]) -> dict[str, tuple[Path, str]]:
+    """Parameter name → (file, key) of the tensor that fills it."""
+    from safetensors import safe_open
+
+    keys: dict[str, Path] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            keys |= dict.fromkeys(file.keys(), path)
+    return {target: (keys[key], key) for key, target in checkpoint_names(module, keys).items()}
+
+
+def _missing(module: torch.nn.Module, sources: dict[str, tuple[Path, str]], request: ModelRequest) -> set[str]:
+    """Parameters that get fresh weights: those of the head that the checkpoint lacks, or has in another shape.
+
+    Raises:
+        ModelError: the base model itself is not in the checkpoint.
+    """
+    from safetensors import safe_open
+
+    prefix = str(getattr(module, "base_model_prefix", "")) + "."
+    missing = set()
+    for name, parameter in module.named_parameters():
+        shape = None
+        if name in sources:
+            path, key = sources[name]
+            with safe_open(path, framework="pt") as file:
+                shape = tuple(file.get_slice(key).get_shape())
+        if shape == tuple(parameter.shape):
+            continue
+        if name.startswith(prefix) and ".pooler." not in name:
+            what = "is missing in" if shape is None else f"has shape {shape} instead of {tuple(parameter.shape)} in"
+            raise ModelError(f"model '{request.name}': '{name}' {what} its weights; is this a checkpoint of the model in config.json?")
+        missing.add(name)
+    return missing
+
+
+def _fill(
+    module: Any, child: torch.nn.Module, names: list[str], sources: dict[str, tuple[Path, str]], missing: set[str]
+) -> None:
+    """Gives the parameters that stand in `child` itself their weights, whole, on the CPU."""
+    from safetensors import safe_open
+
+    for name in names:
+        key = name.rpartition(".")[2]
+        old = child._parameters[key]
+        assert old is not None
+        tensor = torch.empty(old.shape, dtype=torch.float32)
+        # The main process's values are broadcast when the module is partitioned; the others only need the room.
+        if name not in missing and ranks.is_main():
+            path, source = sources[name]
+            # Opened for each tensor: pages of a mapping that stays open count as memory of the process.
+            with safe_open(path, framework="pt") as file:
+                tensor.copy_(file.get_tensor(source))
+        fresh = torch.nn.Parameter(tensor, requires_grad=old.requires_grad)
+        if name in missing:
+            fresh._is_hf_initialized = False  # type: ignore[attr-defined]
+        child._parameters[key] = fresh
+    if any(name in missing for name in names):
+        child._is_hf_initialized = False  # type: ignore[assignment]
+        module._init_weights(child)
+
+
+@contextmanager
+def zero_init(deepspeed: Mapping[str, Any], dtype: torch.dtype) -> Iterator[Any]:
+    """Yields a function that partitions the parameters which stand in a module itself."""
+    import deepspeed as ds
+
+    config = {**deepspeed, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": dtype == torch.bfloat16}}
+    config["fp16"] = {"enabled": dtype == torch.float16}
+    config["zero_optimization"] = {
+        key: value for key, value in deepspeed["zero_optimization"].items() if value != "auto"
+    }
+    # `zero.Init` partitions all parameters of the module that it is given; the others are partitioned already or empty.
+    init = ds.zero.Init(config_dict_or_path=config, dtype=dtype, enabled=True)
+
+    yield lambda child: init._convert_to_zero_parameters(list(child.parameters(recurse=False)))

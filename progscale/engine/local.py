@@ -1,0 +1,102 @@
+"""One process, and several with the whole model on each (DDP)."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from progscale.engine.base import Engine, EngineSettings
+from progscale.engine.state import Piece, Shard
+from progscale.optim import StageBuild
+
+
+class LocalEngine(Engine):
+    """Every rank holds the whole model and the whole optimizer state; gradients are averaged by DDP."""
+
+    def __init__(self, module: torch.nn.Module, settings: EngineSettings, accelerator: Any) -> None:
+        super().__init__(module, settings, accelerator)
+        self.name = "ddp" if self.world_size > 1 else "plain"
+        self.module.to(self.device)
+        self.optimizer: torch.optim.Optimizer | None = None
+        self._model: Any = None
+        # The scaler outlives the stages, and with it the loss scale.
+        self._scaler = torch.amp.GradScaler(self.device.type) if settings.precision == "fp16" else None
+        self.scales_loss = self._scaler is not None
+
+    def _build(self, build: StageBuild) -> None:
+        self.optimizer = self.settings.optimizer.build(self.parameters, build.groups)
+        # DDP fixes its buckets when it is made, so each stage needs its own.
+        self._model = self.accelerator.prepare(self.module)
+
+    def _release(self) -> None:
+        self.optimizer = None
+        self._model = None
+        self.accelerator.free_memory()
+        gc.collect()
+
+    def _wrapped(self) -> Callable[..., Any]:
+        return self._model
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.settings.precision)
+        return torch.autocast(self.device.type, dtype=dtype) if dtype else contextlib.nullcontext()
+
+    def _accumulating(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if last or self.world_size == 1 else self._model.no_sync()
+
+    def _backward(self, loss: torch.Tensor, last: bool) -> None:
+        (self._scaler.scale(loss) if self._scaler else loss).backward()
+
+    def _gradients(self) -> list[torch.Tensor]:
+        assert self.optimizer is not None
+        return [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+    def _gradient_norm_squared(self) -> torch.Tensor:
+        if self._scaler and self.optimizer:
+            self._scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.get_total_norm(self._gradients())
+        return norm * norm
+
+    def _discard(self) -> None:
+        assert self.optimizer is not None
+        if self._scaler:
+            self._scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _apply(self, learning_rate: float, grad_norm: float) -> bool:
+        assert self.optimizer is not None
+        if self.settings.max_grad_norm is not None:
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            norm = torch.tensor(grad_norm, dtype=torch.float32, device=self.device)
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.max_grad_norm, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        before = self._scaler.get_scale() if self._scaler else 0.0
+        if self._scaler:
+            self._scaler.step(self.optimizer)
+            self._scaler.update()
+        else:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return not self._scaler or self._scaler.get_scale() >= before
+
+    def shards(self) -> list[Shard]:
+        """One shard for each parameter; the optimizer steps the parameters themselves."""
+        assert self.optimizer is not None and self.build is not None
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        shards = []
+        for index, group in enumerate(self.optimizer.param_groups):
+            for parameter in group["params"]:
+                piece = Piece(names[id(parameter)], 0, parameter.numel(), 0)
+                shards.append(Shard((piece,), parameter, self.optimizer.state[parameter], index))
+        return shards
+
+    def full_parameters(self, names: Sequence[str] | None = None) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """Whole parameters on the CPU of the main process."""
+        for name in self.parameters if names is None else names:
+            yield name, self.parameters[name].detach().cpu() if self.is_main else None
+

@@ -1,0 +1,43 @@
+"""The trained model in the format that `from_pretrained` loads, with its label names and its tokenizer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from progscale.engine.base import Engine
+
+
+def export_model(engine: Engine, tokenizer: Any, path: Path) -> None:
+    """Writes the model to `path`, replacing what is there only when the new one is whole. A collective.
+
+    Parameters are gathered one at a time; the main process holds them all on the CPU while it writes.
+    """
+    state = {name: value for name, value in engine.full_parameters() if value is not None}
+    if engine.is_main:
+        module = engine.module
+        persistent = set(module.state_dict().keys())
+        state |= {name: buffer.detach().cpu() for name, buffer in module.named_buffers() if name in persistent}
+        partial = path.with_name(path.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _save(module, state, partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(partial, path)
+    engine.barrier()
+
+
+def _save(module: torch.nn.Module, state: dict[str, torch.Tensor], folder: Path) -> None:
+    if hasattr(module, "save_pretrained"):
+        module.save_pretrained(folder, state_dict=state)
+        return
+    # Somebody's own encoder that is no transformers model: weights by parameter name.
+    from safetensors.torch import save_file
+
+    save_file({name: value.contiguous() for name, value in state.items()}, folder / "model.safetensors")

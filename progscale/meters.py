@@ -1,0 +1,219 @@
+"""What a run measures: time, throughput, memory, updated parameters, and that frozen tensors kept their bits. Compute only."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from progscale.engine.base import Engine
+from progscale.errors import AuditError
+from progscale.optim import StageBuild
+
+
+class MemoryMeter:
+    """Peak memory of this rank since the last reset.
+
+    GPU: bytes allocated and reserved by torch's allocator. CPU: resident bytes of the process above what it held when
+    the meter was made, from the kernel's high-water mark, which is reset through /proc/self/clear_refs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.on_gpu = device.type == "cuda"
+        self.baseline_bytes = 0 if self.on_gpu else _status_bytes("VmRSS")
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts a new peak."""
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        elif _CLEAR_REFS.exists():
+            _CLEAR_REFS.write_text("5")
+
+    def peak(self) -> dict[str, int]:
+        """`peak_memory_bytes`, and on a GPU `peak_reserved_bytes`, else `peak_resident_bytes` (baseline included)."""
+        if self.on_gpu:
+            return {
+                "peak_memory_bytes": torch.cuda.max_memory_allocated(self.device),
+                "peak_reserved_bytes": torch.cuda.max_memory_reserved(self.device),
+            }
+        resident = _status_bytes("VmHWM")
+        return {"peak_memory_bytes": max(0, resident - self.baseline_bytes), "peak_resident_bytes": resident}
+
+
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+def _status_bytes(key: str) -> int:
+    """An entry of /proc/self/status in bytes; 0 on systems without it."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0
+    for line in status.read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What one stage did; the entries of `summary.json`'s `stages`.
+
+    Attributes:
+        stage: 1-based.
+        first_block: lowest live block (the number of blocks where none is live), by stack where there are several.
+        embeddings_live: whether the embeddings were trained.
+        start_step: first optimizer step.
+        end_step: one past the last.
+        trainable_parameters: elements of the live tensors.
+        planned_updated_parameters: Σ over the stage's steps of live elements, divided by the steps of an epoch.
+        updated_parameters: the same from the optimizer's own step counters.
+        skipped_steps: steps whose update was left out.
+        train_seconds: of training steps alone.
+        switch_seconds: building the stage and moving the state.
+        audit_seconds: hashing the frozen tensors, at the start and the end of the stage.
+        samples_per_second: rows of all ranks.
+        tokens_per_second: real tokens of all ranks, without padding.
+        peak_memory_bytes: the rank that needs most; GPU: allocated, CPU: resident above the start of the run.
+        optimizer_state_bytes: moments and separate fp32 masters, the rank that holds most.
+        frozen_changed: frozen tensors whose bits changed during the stage; anything but 0 is a fault.
+        carried: how the optimizer state reached this stage: none, shards or slices.
+    """
+
+    stage: int
+    first_block: int | dict[str, int]
+    embeddings_live: bool
+    start_step: int
+    end_step: int
+    trainable_parameters: int
+    planned_updated_parameters: float
+    updated_parameters: float
+    skipped_steps: int
+    train_seconds: float
+    switch_seconds: float
+    audit_seconds: float
+    samples_per_second: float
+    tokens_per_second: float
+    peak_memory_bytes: int
+    optimizer_state_bytes: int
+    frozen_changed: int
+    carried: str
+    peak_reserved_bytes: int | None = None
+    peak_resident_bytes: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As a plain dict, without the memory entries that the device does not have."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+class Audit:
+    """Hashes of the frozen tensors' bits at the start of a stage, compared at its end. Both are collectives."""
+
+    def __init__(self, engine: Engine, frozen: Sequence[str]) -> None:
+        start = time.perf_counter()
+        self._engine = engine
+        self._before = engine.digests(frozen)
+        self.seconds = time.perf_counter() - start
+
+    def changed(self) -> list[str]:
+        """Names of the frozen tensors that changed on any rank."""
+        start = time.perf_counter()
+        after = self._engine.digests(list(self._before))
+        mine = [name for name, bits in self._before.items() if after[name] != bits]
+        everywhere = sorted({name for names in self._engine.gather_objects(mine) for name in names})
+        self.seconds += time.perf_counter() - start
+        return everywhere
+
+
+class StageMeter:
+    """Measures one stage, from after the switch to its end."""
+
+    def __init__(self, engine: Engine, build: StageBuild, sizes: Mapping[str, int], memory: MemoryMeter) -> None:
+        self._engine = engine
+        self._build = build
+        self._memory = memory
+        self.audit = Audit(engine, [name for name in sizes if name not in build.live])
+        self.trainable_parameters = sum(sizes[name] for name in build.live)
+        self._volume_before = engine.updated_volume()
+        self.rows = 0
+        self.tokens = 0
+        self.skipped_steps = 0
+        self.seconds = 0.0
+        memory.reset()
+        self._running_since: float | None = None
+
+    def start(self) -> None:
+        """Time runs from here."""
+        self._running_since = time.perf_counter()
+
+    def stop(self) -> None:
+        """Time stands still (evaluation, saving)."""
+        if self._running_since is not None:
+            synchronize(self._engine.device)
+            self.seconds += time.perf_counter() - self._running_since
+            self._running_since = None
+
+    def step(self, rows: int, tokens: int, applied: bool) -> None:
+        """One optimizer step on `rows` rows of all ranks, with `tokens` tokens on this rank."""
+        self.rows += rows
+        self.tokens += tokens
+        self.skipped_steps += not applied
+
+    def finish(
+        self, *, steps_per_epoch: int, first_block: int | dict[str, int], switch_seconds: float, carried: str
+    ) -> StageRecord:
+        """The stage's record; a collective.
+
+        Raises:
+            AuditError: a frozen tensor changed.
+        """
+        self.stop()
+        engine, stage = self._engine, self._build.stage
+        volume = engine.updated_volume() - self._volume_before
+        tokens = sum(engine.gather_objects(self.tokens))
+        peaks = engine.gather_objects(self._memory.peak())
+        peak = max(peaks, key=lambda entry: entry["peak_memory_bytes"])
+        state_bytes = engine.optimizer_state_bytes()
+        changed = self.audit.changed()
+        if changed:
+            raise AuditError(
+                f"stage {stage.index}: {len(changed)} frozen tensors changed their bits, the first of them {changed[0]}. "
+                "This must never happen: the run is stopped and its model not exported"
+            )
+        seconds = max(self.seconds, 1e-9)
+        return StageRecord(
+            stage=stage.index,
+            first_block=first_block,
+            embeddings_live=stage.embeddings,
+            start_step=stage.start_step,
+            end_step=stage.end_step,
+            trainable_parameters=self.trainable_parameters,
+            planned_updated_parameters=_whole(stage.steps * self.trainable_parameters / steps_per_epoch),
+            updated_parameters=_whole(volume / steps_per_epoch),
+            skipped_steps=self.skipped_steps,
+            train_seconds=self.seconds,
+            switch_seconds=switch_seconds,
+            audit_seconds=self.audit.seconds,
+            samples_per_second=self.rows / seconds,
+            tokens_per_second=tokens / seconds,
+            optimizer_state_bytes=state_bytes,
+            frozen_changed=len(changed),
+            carried=carried,
+            **peak,
+        )
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the GPU, where there is one."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _whole(value: float) -> float:
+    """An int where the value is one, so that JSON shows 703123456 and not 703123456.0."""
+    return int(value) if float(value).is_integer() else value

@@ -1,0 +1,135 @@
+"""Well-known architectures by name: enough to plan a run, or to start from random weights, with no network.
+
+Only shapes are kept here, never weights. The names are those of the model hub, with or without the organisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One published model's shape.
+
+    Attributes:
+        organisation: the owner's name on the hub ("google-bert").
+        model_type: as transformers names it.
+        config: what differs from the defaults of that type's config class.
+    """
+
+    organisation: str
+    model_type: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _size(hidden: int, layers: int, heads: int, inner: int, **more: Any) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": inner,
+        **more,
+    }
+
+
+_BASE = _size(768, 12, 12, 3072)
+_LARGE = _size(1024, 24, 16, 4096)
+_ROBERTA: dict[str, Any] = {
+    "max_position_embeddings": 514,
+    "type_vocab_size": 1,
+    "layer_norm_eps": 1e-5,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
+_EN, _MULTI = 50265, 250002
+_DEBERTA: dict[str, Any] = {
+    "type_vocab_size": 0,
+    "relative_attention": True,
+    "position_buckets": 256,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "layer_norm_eps": 1e-7,
+    "max_relative_positions": -1,
+    "position_biased_input": False,
+    "max_position_embeddings": 512,
+    "pooler_dropout": 0,
+    "pooler_hidden_act": "gelu",
+}
+
+
+def _deberta(hidden: int, layers: int, heads: int, inner: int, **more: Any) -> Architecture:
+    config = {**_DEBERTA, "vocab_size": 128100, "pooler_hidden_size": hidden, **more}
+    return Architecture("microsoft", "deberta-v2", _size(hidden, layers, heads, inner, **config))
+
+
+def _roberta(organisation: str, model_type: str, size: Mapping[str, Any], vocab: int) -> Architecture:
+    return Architecture(organisation, model_type, {**_ROBERTA, **size, "vocab_size": vocab})
+
+
+_V2_CONV: dict[str, Any] = {"conv_kernel_size": 3, "conv_act": "gelu", "attention_head_size": 64}
+_DISTILBERT: dict[str, Any] = {"dim": 768, "n_layers": 6, "n_heads": 12, "hidden_dim": 3072}
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "bert-base-uncased": Architecture("google-bert", "bert", {**_BASE, "vocab_size": 30522}),
+    "bert-base-cased": Architecture("google-bert", "bert", {**_BASE, "vocab_size": 28996}),
+    "bert-large-uncased": Architecture("google-bert", "bert", {**_LARGE, "vocab_size": 30522}),
+    "bert-large-cased": Architecture("google-bert", "bert", {**_LARGE, "vocab_size": 28996}),
+    "bert-base-multilingual-cased": Architecture("google-bert", "bert", {**_BASE, "vocab_size": 119547}),
+    "roberta-base": _roberta("FacebookAI", "roberta", _BASE, _EN),
+    "roberta-large": _roberta("FacebookAI", "roberta", _LARGE, _EN),
+    "distilroberta-base": _roberta("distilbert", "roberta", {**_BASE, "num_hidden_layers": 6}, _EN),
+    "xlm-roberta-base": _roberta("FacebookAI", "xlm-roberta", _BASE, _MULTI),
+    "xlm-roberta-large": _roberta("FacebookAI", "xlm-roberta", _LARGE, _MULTI),
+    "xlm-roberta-xl": _roberta("facebook", "xlm-roberta-xl", _size(2560, 36, 32, 10240), 250880),
+    "xlm-roberta-xxl": _roberta("facebook", "xlm-roberta-xl", _size(4096, 48, 32, 16384), 250880),
+    "electra-small-discriminator": Architecture(
+        "google", "electra", _size(256, 12, 4, 1024, embedding_size=128, vocab_size=30522)
+    ),
+    "electra-base-discriminator": Architecture("google", "electra", {**_BASE, "embedding_size": 768}),
+    "electra-large-discriminator": Architecture("google", "electra", {**_LARGE, "embedding_size": 1024}),
+    "distilbert-base-uncased": Architecture("distilbert", "distilbert", {**_DISTILBERT, "vocab_size": 30522}),
+    "distilbert-base-cased": Architecture("distilbert", "distilbert", {**_DISTILBERT, "vocab_size": 28996}),
+    "deberta-v3-xsmall": _deberta(384, 12, 6, 1536),
+    "deberta-v3-small": _deberta(768, 6, 12, 3072),
+    "deberta-v3-base": _deberta(768, 12, 12, 3072),
+    "deberta-v3-large": _deberta(1024, 24, 16, 4096),
+    "deberta-v2-xlarge": _deberta(1536, 24, 24, 6144, **_V2_CONV),
+    "deberta-v2-xxlarge": _deberta(1536, 48, 24, 6144, **_V2_CONV),
+}
+
+
+def find_architecture(name: str) -> Architecture | None:
+    """The architecture of that name, with or without its own organisation; None if there is none.
+
+    >>> find_architecture("google-bert/bert-base-uncased") is find_architecture("bert-base-uncased")
+    True
+    """
+    organisation, _, short = name.rpartition("/")
+    found = ARCHITECTURES.get(short)
+    if found is None or organisation not in ("", found.organisation):
+        return None
+    return found
+
+
+def architecture_config(name: str) -> PretrainedConfig:
+    """The transformers config of a well-known architecture, without labels.
+
+    Raises:
+        KeyError: no such architecture.
+    """
+    from transformers import AutoConfig
+
+    found = find_architecture(name)
+    if found is None:
+        raise KeyError(name)
+    config = AutoConfig.for_model(found.model_type, **found.config)
+    config.name_or_path = name
+    return config

@@ -1,0 +1,16 @@
+"""XLM-R XL and XXL: layer norm before each sublayer, so a final norm follows the last block and belongs to the head."""
+
+from progscale.models.families.roberta import max_tokens
+from progscale.models.family import Family, register_family
+
+register_family(
+    Family(
+        name="xlm-roberta-xl",
+        model_types=("xlm-roberta-xl",),
+        base="roberta",
+        embeddings=("embeddings",),
+        stacks={"blocks": "encoder.layer"},
+        head=("encoder.LayerNorm", "pooler?"),
+        max_tokens=max_tokens,
+    )
+)

@@ -1,0 +1,324 @@
+"""From a request to a model: config, weights, meta build.
+
+Everything that can be wrong is looked for before weights are read. Code from a model's repository is never run,
+and pickle weights never read, unless the request allows it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from progscale.blocks import partition
+from progscale.errors import ModelError, nearest
+from progscale.models.architectures import ARCHITECTURES, architecture_config, find_architecture
+from progscale.models.family import Family, ModelRequest
+from progscale.models.lookup import families_by_type, family_of, named_family
+from progscale.models.weights import checkpoint_files, find_safetensors, local_folder
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+
+# These follow from the task or from the file format; an override would contradict them.
+_NOT_OVERRIDABLE = {
+    "architectures": "it is set from the task",
+    "dtype": "weights are always loaded in float32; set train.precision instead",
+    "id2label": "it is set from the task's labels",
+    "label2id": "it is set from the task's labels",
+    "model_type": "name another model instead",
+    "num_labels": "it is set from the task's labels",
+    "problem_type": "it is set from the task",
+    "transformers_version": "it is not an option",
+}
+
+
+def load_config(request: ModelRequest, *, weights: bool | None = None) -> PretrainedConfig:
+    """The transformers config for a request, with its labels, problem type and overrides.
+
+    Args:
+        request: what is to be loaded.
+        weights: whether published weights will be loaded into it, so that the config must be the published one;
+            otherwise a well-known architecture needs no network. Default: unless `request.random_weights`.
+
+    Raises:
+        ModelError: no such model, unreadable config, code of the repository needed but not allowed, an unknown
+            override, or label names that do not fit.
+    """
+    weights = not request.random_weights if weights is None else weights
+    folder = local_folder(request.name)
+    if folder is None and not weights and find_architecture(request.name) is not None:
+        config = architecture_config(request.name)
+    else:
+        config = _published_config(request)
+    _set_labels(config, request)
+    _override(config, request.overrides)
+    return config
+
+
+def find_family(request: ModelRequest, family: Family | str | None = None, *, weights: bool | None = None) -> Family:
+    """The family of a request: the given one, or the one that has the config's model type.
+
+    Raises:
+        ModelError: the config cannot be read, or no family has its model type.
+        RegistryError: no family of the given name.
+    """
+    if isinstance(family, Family):
+        return family
+    if family is not None:
+        return named_family(family)
+    weights = not request.random_weights if weights is None else weights
+    known = find_architecture(request.name) if local_folder(request.name) is None and not weights else None
+    content = {"model_type": known.model_type} if known else _config_content(request)
+    if content.get("model_type") not in families_by_type():
+        _refuse_remote_code(request, content)
+    return family_of(SimpleNamespace(**{"model_type": None, "is_encoder_decoder": False, **content}))
+
+
+def load_model(request: ModelRequest, family: Family | str | None = None) -> torch.nn.Module:
+    """Builds a model in float32 on the CPU, with published or random weights.
+
+    A head that the checkpoint lacks, or has in another size, is drawn from torch's global generator: seed it before.
+
+    Args:
+        request: what is to be loaded.
+        family: a family or its name; None looks it up by the config's model type.
+
+    Raises:
+        ModelError: see `load_config`; or no safetensors weights, a truncated file, or weights that leave parts of
+            the embeddings or blocks unfilled.
+        RegistryError: no family of the given name.
+    """
+    import torch
+
+    found = find_family(request, family)
+    if found.load is not None:
+        return found.load(request)
+    config = load_config(request)
+    auto = auto_class(request, config)
+    if request.random_weights:
+        built: torch.nn.Module = auto.from_config(config, dtype=torch.float32, trust_remote_code=request.trust_remote_code)
+        return built
+    return _from_pretrained(request, found, config, auto)
+
+
+def build_meta(request: ModelRequest, family: Family | str | None = None) -> torch.nn.Module:
+    """The model of a request on the meta device: names and shapes, no memory, no weights read.
+
+    Raises:
+        ModelError: see `load_config`.
+        RegistryError: no family of the given name.
+    """
+    import torch
+
+    found = find_family(request, family, weights=False)
+    with torch.device("meta"):
+        if found.load is not None:
+            return found.load(dataclasses.replace(request, random_weights=True))
+        config = load_config(request, weights=False)
+        model: torch.nn.Module = auto_class(request, config).from_config(
+            config, dtype=torch.float32, trust_remote_code=request.trust_remote_code
+        )
+    return model
+
+
+def _from_pretrained(request: ModelRequest, family: Family, config: PretrainedConfig, auto: Any) -> torch.nn.Module:
+    import torch
+    from safetensors import SafetensorError
+
+    pickled = request.allow_pickle and not find_safetensors(request.name, request.revision)
+    if not pickled:
+        checkpoint_files(request.name, request.revision)
+    try:
+        model, info = auto.from_pretrained(
+            _location(request.name),
+            config=config,
+            revision=request.revision or "main",
+            use_safetensors=not pickled,
+            # Since transformers 5 the default is the checkpoint's own dtype; master weights must be float32.
+            dtype=torch.float32,
+            trust_remote_code=request.trust_remote_code,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        raise ModelError(f"model '{request.name}': its weights cannot be loaded ({_first_line(error)})") from error
+    parts = partition(model, family).parameters
+    unfilled = [name for name in info["missing_keys"] if name in parts and parts[name].part != "head"]
+    if unfilled:
+        raise ModelError(
+            f"model '{request.name}': its weights have nothing for {len(unfilled)} parameters of the embeddings and "
+            f"blocks, e.g. '{min(unfilled)}'; is this a checkpoint of a {family.name} model with "
+            f"{_sizes(partition(model, family).num_blocks)}?"
+        )
+    for name, stored, wanted in info["mismatched_keys"]:
+        if name in parts and parts[name].part != "head":
+            raise ModelError(
+                f"model '{request.name}': '{name}' has shape {tuple(stored)} in the weights and {tuple(wanted)} in "
+                f"the config; check config.json and model.overrides"
+            )
+    loaded: torch.nn.Module = model
+    return loaded
+
+
+def _published_config(request: ModelRequest) -> PretrainedConfig:
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    content = _config_content(request)
+    _refuse_remote_code(request, content)
+    if content.get("model_type") not in CONFIG_MAPPING and "auto_map" not in content:
+        found = family_of(SimpleNamespace(**{"model_type": None, **content}))
+        raise ModelError(
+            f"model '{request.name}': transformers has no config for model type '{content.get('model_type')}'; "
+            f"family '{found.name}' must load it itself (Family.load)"
+        )
+    try:
+        return AutoConfig.from_pretrained(
+            _location(request.name), revision=request.revision or "main", trust_remote_code=request.trust_remote_code
+        )
+    except Exception as error:  # a config is validated by whatever class it names
+        raise ModelError(f"model '{request.name}': its config cannot be read ({_first_line(error)})") from error
+
+
+def _config_content(request: ModelRequest) -> dict[str, Any]:
+    """What config.json says, without interpreting it."""
+    name, folder = request.name, local_folder(request.name)
+    if folder is not None:
+        file = folder / "config.json"
+        if not file.is_file():
+            present = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+            raise ModelError(f"model '{name}': the folder has no config.json (it holds {present})")
+    else:
+        file = _hub_config(name, request.revision)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"model '{name}': {file} is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"model '{name}': {file} holds a JSON {type(content).__name__}; an object is needed")
+    return content
+
+
+def _hub_config(name: str, revision: str | None) -> Path:
+    from transformers.utils import cached_file
+
+    hint = nearest(name, [*ARCHITECTURES, *(f"{a.organisation}/{short}" for short, a in ARCHITECTURES.items())])
+    path = Path(name).expanduser()
+    if path.exists():
+        raise ModelError(f"model '{name}': is a file; give the folder that holds config.json and the weights")
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ModelError(f"model '{name}': no such folder{hint}")
+    try:
+        found = cached_file(name, "config.json", revision=revision)
+    except Exception as error:  # the hub's client raises its own, its HTTP library's and OSError
+        known = (
+            "; its architecture is built in, so random weights (model.random_weights) work without the network"
+            if find_architecture(name)
+            else hint
+        )
+        raise ModelError(
+            f"model '{name}': neither a local folder nor reachable on the hub, and not in the cache ({_first_line(error)}){known}"
+        ) from error
+    assert found is not None
+    return Path(found)
+
+
+def _refuse_remote_code(request: ModelRequest, content: Mapping[str, Any]) -> None:
+    from transformers import CONFIG_MAPPING
+
+    known = content.get("model_type") in CONFIG_MAPPING
+    if "auto_map" in content and not known and not request.trust_remote_code:
+        raise ModelError(
+            f"model '{request.name}': model type '{content.get('model_type')}' is defined by code in its repository, "
+            f"which is only run with --trust-remote-code on the command line"
+        )
+
+
+def _set_labels(config: PretrainedConfig, request: ModelRequest) -> None:
+    if request.head == "question_answering":
+        # transformers sizes the span head by num_labels: start and end.
+        config.num_labels = 2
+        config.problem_type = None
+        return
+    if request.num_labels < 1:
+        raise ModelError(f"num_labels: {request.num_labels}; at least 1 is needed (1 for regression)")
+    names = request.label_names
+    if names and len(names) != request.num_labels:
+        raise ModelError(f"label_names: {len(names)} names ({', '.join(names)}) for {request.num_labels} labels")
+    if len(set(names)) != len(names):
+        raise ModelError(f"label_names: {', '.join(names)}; every name may be used once")
+    config.num_labels = request.num_labels
+    names = names or tuple(f"LABEL_{index}" for index in range(request.num_labels))
+    config.id2label = dict(enumerate(names))
+    config.label2id = {label: index for index, label in enumerate(names)}
+    config.problem_type = request.problem_type
+
+
+def _override(config: PretrainedConfig, overrides: Mapping[str, Any]) -> None:
+    content = config.to_dict()
+    allowed = (set(content) | set(config.attribute_map)) - set(_NOT_OVERRIDABLE)
+    allowed = {key for key in allowed if not key.startswith("_")}
+    for key, value in overrides.items():
+        if key in _NOT_OVERRIDABLE:
+            raise ModelError(f"model.overrides.{key}: cannot be changed here; {_NOT_OVERRIDABLE[key]}")
+        if key not in allowed:
+            raise ModelError(
+                f"model.overrides.{key}: not in the config of a {config.model_type} model{nearest(key, allowed)}"
+                f" (it has {', '.join(sorted(allowed))})"
+            )
+        before = getattr(config, key, None)
+        if not _fits(before, value, key):
+            raise ModelError(
+                f"model.overrides.{key}: {value!r} is of type {type(value).__name__}; {type(before).__name__} such as "
+                f"{before!r} is needed"
+            )
+        try:
+            setattr(config, key, value)
+        except Exception as error:  # newer transformers validate on assignment
+            raise ModelError(f"model.overrides.{key}: {value!r} is refused ({_first_line(error)})") from error
+
+
+def _fits(before: Any, value: Any, key: str) -> bool:
+    """Whether an override has the type of what it replaces; what was None takes anything."""
+    if before is None or value is None or type(value) is type(before):
+        return True
+    if isinstance(before, float):
+        return type(value) is int
+    # Files write a probability of zero as 0, which must not turn the key into a count.
+    return type(before) is int and isinstance(value, float) and ("dropout" in key or "prob" in key)
+
+
+def auto_class(request: ModelRequest, config: PretrainedConfig) -> Any:
+    """The transformers auto class for the head; raises ModelError when the model type has no such head."""
+    import transformers
+
+    auto = {
+        "sequence_classification": transformers.AutoModelForSequenceClassification,
+        "question_answering": transformers.AutoModelForQuestionAnswering,
+    }[request.head]
+    custom = auto.__name__ in (getattr(config, "auto_map", None) or {})
+    if type(config) not in auto._model_mapping and not custom:
+        raise ModelError(
+            f"model '{request.name}': transformers has no {request.head.replace('_', ' ')} head for model type "
+            f"'{config.model_type}'"
+        )
+    return auto
+
+
+def _location(name: str) -> str:
+    folder = local_folder(name)
+    return str(folder) if folder is not None else name
+
+
+def _sizes(num_blocks: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {stack}" for stack, count in num_blocks.items())
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return text[0].strip() if text else type(error).__name__

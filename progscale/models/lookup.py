@@ -1,0 +1,100 @@
+"""Which family a model belongs to, and what to tell the user when it belongs to none."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from progscale.errors import ModelError, nearest
+from progscale.models.family import FAMILIES, Family
+
+_SNIPPET = """\
+    from progscale.models.family import Family, register_family
+    register_family(Family(
+        name="my-encoder", model_types=("{model_type}",), base="encoder",
+        embeddings=("embeddings",), stacks={{"blocks": "layers"}}, head=("final_norm?",),
+    ))
+"""
+
+
+def family_of(model_or_config: Any, explicit: str | None = None) -> Family:
+    """The family of a model or of a transformers config.
+
+    Args:
+        model_or_config: a config with `model_type`, or a module whose `config` has one; not looked at when
+            `explicit` is given.
+        explicit: a registered name, or `module:name` for a family that the Python module registers when imported.
+
+    Raises:
+        ModelError: no family has this model type; the message shows how to register one.
+        RegistryError: `explicit` is not registered; the message lists the names.
+    """
+    if explicit is not None:
+        return named_family(explicit)
+    config = getattr(model_or_config, "config", model_or_config)
+    model_type = getattr(config, "model_type", None) or ""
+    for _, family in FAMILIES.items():
+        if model_type and model_type in family.model_types:
+            return family
+    raise ModelError(_unknown(model_type, config, type(model_or_config).__name__))
+
+
+def named_family(name: str) -> Family:
+    """The family of that name, after importing the module of a name like `my_package.encoders:my-encoder`.
+
+    Raises:
+        ModelError: the module cannot be imported.
+        RegistryError: no such family.
+    """
+    module, colon, family = name.rpartition(":")
+    if colon:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ModelError(
+                f"model.family: cannot import '{module}' of '{name}' ({error}); it must be installed or its folder on PYTHONPATH"
+            ) from error
+    return FAMILIES.get(family)
+
+
+def families_by_type() -> dict[str, Family]:
+    """`config.model_type` → family, for all registered families."""
+    return {model_type: family for _, family in FAMILIES.items() for model_type in family.model_types}
+
+
+def _unknown(model_type: str, config: Any, given: str) -> str:
+    known = sorted(families_by_type())
+    if not model_type:
+        return (
+            f"this {given} has no config.model_type, so its family cannot be looked up; set model.family to one of "
+            f"{', '.join(FAMILIES.names())}, or to your own:\n{_SNIPPET.format(model_type='my-encoder')}"
+        )
+    lines = [f"no model family for model type '{model_type}'; known: {', '.join(known)}{nearest(model_type, known)}"]
+    kind = _why_not(model_type, config)
+    if kind:
+        lines.append(kind)
+    if model_type == "albert":
+        return "\n".join(lines)
+    lines.append("An encoder with embeddings, one list of blocks and a head is added with one call (paths below the base model):")
+    lines.append(_SNIPPET.format(model_type=model_type).rstrip("\n"))
+    lines.append(
+        "Name it in model.family as 'my_module:my-encoder', or let a package declare my_module under the entry-point "
+        f"group '{FAMILIES.group}'"
+    )
+    return "\n".join(lines)
+
+
+def _why_not(model_type: str, config: Any) -> str:
+    """What is known about architectures that do not fit as they are."""
+    from transformers.models.auto import modeling_auto as auto
+
+    if model_type == "albert":
+        return (
+            "ALBERT applies one block again and again: freezing a low block would freeze all of them, so progressive "
+            "stages mean nothing for it"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        return f"'{model_type}' is an encoder-decoder; only encoders are built in"
+    if model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return f"'{model_type}' is decoder-only; only encoders are built in"
+    return ""

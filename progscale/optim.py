@@ -1,0 +1,130 @@
+"""Stage → param groups → optimizer: one pure description, from which every engine builds the stage anew.
+
+One param group for each (part, weight decay), where a part is a set of blocks that are live in the same stages. A
+part that freezes later therefore never shares a flat ZeRO buffer with another, and a surviving group is flattened and
+sharded alike before and after a switch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from progscale.blocks import ParameterInfo, Partition
+from progscale.methods import Method, live_parameters
+from progscale.schedule import Stage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    """One optimizer param group.
+
+    Attributes:
+        part: "embeddings", "head", or the first and last block of the part ("blocks 0-3").
+        weight_decay: of all its tensors.
+        names: of its tensors, in the order of the model.
+    """
+
+    part: str
+    weight_decay: float
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StageBuild:
+    """All that an engine needs to build a stage; equal builds give equal engines.
+
+    Attributes:
+        stage: which one.
+        groups: param groups; every live parameter is in exactly one.
+    """
+
+    stage: Stage
+    groups: tuple[GroupSpec, ...]
+
+    @property
+    def live(self) -> frozenset[str]:
+        """Names of the trained parameters."""
+        return frozenset(name for group in self.groups for name in group.names)
+
+
+def build_for(
+    stages: Sequence[Stage],
+    partition: Partition,
+    method: Method,
+    *,
+    weight_decay: float = 0.0,
+    decay_bias_and_norm: bool = False,
+) -> tuple[StageBuild, ...]:
+    """The builds of all stages.
+
+    Args:
+        stages: of the schedule.
+        partition: of the model, after the method prepared it.
+        method: names the trainable tensors.
+        weight_decay: for tensors of two or more dimensions.
+        decay_bias_and_norm: also for biases and norm weights, the tensors of one dimension.
+    """
+    live = [frozenset(live_parameters(stage, partition, method)) for stage in stages]
+    buckets: dict[tuple[str, tuple[bool, ...], float], list[ParameterInfo]] = {}
+    for info in partition.parameters.values():
+        signature = tuple(info.name in names for names in live)
+        if not any(signature):
+            continue
+        # Biases and norms are the tensors of one dimension in every Transformer encoder.
+        decay = weight_decay if decay_bias_and_norm or len(info.shape) > 1 else 0.0
+        kind = info.stack if info.part == "block" else info.part
+        assert kind is not None
+        buckets.setdefault((kind, signature, decay), []).append(info)
+    specs = [
+        (signature, GroupSpec(_part_name(infos), decay, tuple(info.name for info in infos)))
+        for (_, signature, decay), infos in buckets.items()
+    ]
+    return tuple(
+        StageBuild(stage, tuple(spec for signature, spec in specs if signature[index]))
+        for index, stage in enumerate(stages)
+    )
+
+
+def _part_name(infos: Sequence[ParameterInfo]) -> str:
+    if infos[0].part != "block":
+        return infos[0].part
+    blocks = [info.block for info in infos if info.block is not None]
+    return f"{infos[0].stack} {min(blocks)}-{max(blocks)}"
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """AdamW's settings.
+
+    Attributes:
+        betas: decay rates of the moments.
+        eps: added to the root of the second moment.
+        fused: one kernel for all tensors; None takes it where the device has it.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    fused: bool | None = None
+
+    def build(self, parameters: Mapping[str, torch.nn.Parameter], groups: Sequence[GroupSpec]) -> torch.optim.Optimizer:
+        """A fresh optimizer over `groups`; the learning rate is set before each step."""
+        param_groups: list[dict[str, Any]] = [
+            {"params": [parameters[name] for name in group.names], "weight_decay": group.weight_decay}
+            for group in groups
+        ]
+        fused = self.fused
+        if fused is None:
+            fused = fused_available(parameter for group in param_groups for parameter in group["params"])
+        return torch.optim.AdamW(param_groups, lr=0.0, betas=self.betas, eps=self.eps, fused=fused)
+
+
+def fused_available(parameters: Iterable[torch.Tensor]) -> bool:
+    """Whether torch has a fused AdamW for the device of every tensor."""
+    return all(parameter.device.type in {"cpu", "cuda", "xpu", "mps"} for parameter in parameters)

@@ -1,0 +1,426 @@
+"""What a schedule will train, before any weight is loaded: parameters, updated volume, compute, state memory.
+
+*Updated parameters* is the paper's measure (Progtuning, arXiv 2506.21119, section 4.1): the parameters trained in
+each epoch, summed over epochs. Stages may be shorter than an epoch, so it is counted in optimizer steps here: the
+elements that each step trains, summed, divided by the steps of an epoch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, Literal
+
+from progscale.blocks import Partition, partition
+from progscale.errors import ScheduleError
+from progscale.methods import METHODS, Method, live_parameters
+from progscale.models.family import Family, HeadKind, ModelRequest
+from progscale.models.loading import build_meta, find_family
+from progscale.schedule import EmbeddingsPolicy, Stage, build_stages
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+NOMINAL_STEPS = 1000
+"""Optimizer steps of an epoch when only shares matter, at the least."""
+
+
+@dataclass(frozen=True)
+class PlanStage:
+    """One stage as planned.
+
+    Attributes:
+        stage: 1-based.
+        start_step: first optimizer step (0-based).
+        end_step: one past the last.
+        epochs: length of the stage.
+        live_blocks: for each stack the trained blocks.
+        first_block: the lowest trained block of each stack; the number of blocks where none is trained.
+        embeddings: whether a tensor of the embeddings is trained.
+        trainable_parameters: elements that each of its steps trains.
+        updated_parameters: trainable parameters x epochs.
+    """
+
+    stage: int
+    start_step: int
+    end_step: int
+    epochs: Fraction
+    live_blocks: Mapping[str, tuple[int, ...]]
+    first_block: Mapping[str, int]
+    embeddings: bool
+    trainable_parameters: int
+    updated_parameters: Fraction
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data; `first_block` is a number when the model has one stack of blocks."""
+        firsts = dict(self.first_block)
+        return {
+            "stage": self.stage,
+            "start_step": self.start_step,
+            "end_step": self.end_step,
+            "epochs": _number(self.epochs),
+            "first_block": next(iter(firsts.values())) if len(firsts) == 1 else firsts,
+            "live_blocks": {stack: list(live) for stack, live in self.live_blocks.items()},
+            "embeddings": self.embeddings,
+            "trainable_parameters": self.trainable_parameters,
+            "updated_parameters": _number(self.updated_parameters),
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All stages of a run, and what plain fine-tuning with the same method would update.
+
+    Attributes:
+        stages: in order.
+        steps_per_epoch: optimizer steps of one epoch.
+        num_blocks: blocks of each stack.
+        total_parameters: elements of the whole model, tied tensors once.
+        baseline_trainable_parameters: elements that the method trains with every block and the embeddings live.
+        block_fraction: share of the blocks' elements that the method trains (1 for full fine-tuning).
+        model: its name.
+        method: its name.
+        schedule: its name.
+    """
+
+    stages: tuple[PlanStage, ...]
+    steps_per_epoch: int
+    num_blocks: Mapping[str, int]
+    total_parameters: int
+    baseline_trainable_parameters: int
+    block_fraction: Fraction
+    model: str = ""
+    method: str = ""
+    schedule: str = ""
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.stages[-1].end_step
+
+    @property
+    def epochs(self) -> Fraction:
+        """Epochs of the run."""
+        return Fraction(self.total_steps, self.steps_per_epoch)
+
+    @property
+    def updated_parameters(self) -> Fraction:
+        """Updated parameters of the run."""
+        return sum((stage.updated_parameters for stage in self.stages), Fraction(0))
+
+    @property
+    def baseline_updated_parameters(self) -> Fraction:
+        """Updated parameters of the same method with every block and the embeddings in every step.
+
+        The embeddings policy has no part in it: with `embeddings: never` the baseline is still plain fine-tuning of
+        everything that the method trains, the embeddings included.
+        """
+        return self.baseline_trainable_parameters * self.epochs
+
+    @property
+    def share(self) -> float:
+        """Updated parameters as a share of the baseline's."""
+        return float(self.updated_parameters / self.baseline_updated_parameters)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data: what `plan.json` holds. Numbers are integers where they are whole."""
+        return {
+            "model": self.model,
+            "method": self.method,
+            "schedule": self.schedule,
+            "num_blocks": dict(self.num_blocks),
+            "epochs": _number(self.epochs),
+            "steps_per_epoch": self.steps_per_epoch,
+            "total_steps": self.total_steps,
+            "total_parameters": self.total_parameters,
+            "updated_parameters": _number(self.updated_parameters),
+            "baseline_updated_parameters": _number(self.baseline_updated_parameters),
+            "share": self.share,
+            "compute_share": compute_share(self),
+            "stages": [stage.to_json() for stage in self.stages],
+        }
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes of a model's state on one rank, activations and buffers of the engine not counted."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        """All three together."""
+        return self.weights + self.gradients + self.optimizer
+
+
+def make_plan(
+    parts: Partition,
+    stages: Sequence[Stage],
+    method: Method,
+    steps_per_epoch: int,
+    *,
+    model: str = "",
+    schedule: str = "",
+) -> Plan:
+    """The plan of a run.
+
+    Args:
+        parts: of the model as the method prepared it.
+        stages: from `build_stages`.
+        method: says which tensors are trained at most.
+        steps_per_epoch: optimizer steps of one epoch, at least 1.
+        model: its name, for the table and the JSON.
+        schedule: its name.
+
+    Raises:
+        ScheduleError: no optimizer step in an epoch.
+    """
+    if steps_per_epoch < 1:
+        raise ScheduleError(f"steps_per_epoch: {steps_per_epoch}; at least 1 is needed")
+    planned = []
+    for stage in stages:
+        names = live_parameters(stage, parts, method)
+        count = parts.count(names)
+        epochs = Fraction(stage.steps, steps_per_epoch)
+        planned.append(
+            PlanStage(
+                stage=stage.index,
+                start_step=stage.start_step,
+                end_step=stage.end_step,
+                epochs=epochs,
+                live_blocks=dict(stage.live_blocks),
+                first_block=stage.first_block(parts.num_blocks),
+                embeddings=any(parts.parameters[name].part == "embeddings" for name in names),
+                trainable_parameters=count,
+                updated_parameters=count * epochs,
+            )
+        )
+    everything = Stage(1, 0, 1, {stack: tuple(range(n)) for stack, n in parts.num_blocks.items()}, embeddings=True)
+    baseline = live_parameters(everything, parts, method)
+    in_blocks = parts.count(name for name in baseline if parts.parameters[name].part == "block")
+    return Plan(
+        stages=tuple(planned),
+        steps_per_epoch=steps_per_epoch,
+        num_blocks=dict(parts.num_blocks),
+        total_parameters=parts.numel(),
+        baseline_trainable_parameters=parts.count(baseline),
+        block_fraction=Fraction(in_blocks, max(1, parts.numel("block"))),
+        model=model,
+        method=method.name,
+        schedule=schedule,
+    )
+
+
+def plan_for(
+    model_name: str,
+    *,
+    schedule: str = "progtuning",
+    stages: int | None = None,
+    epochs: float | Fraction = 3,
+    embeddings: EmbeddingsPolicy = "always",
+    method: Method | str = "full",
+    num_labels: int = 2,
+    head: HeadKind = "sequence_classification",
+    overrides: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+    family: Family | str | None = None,
+    revision: str | None = None,
+    steps_per_epoch: int | None = None,
+) -> Plan:
+    """The plan of a model by name: on the meta device, with no data, and offline for well-known architectures.
+
+    The steps are nominal: at least 1000 an epoch, so many that every stage begins at its exact fraction of the run.
+
+    Args:
+        model_name: well-known architecture, local folder or hub id.
+        schedule: a registered schedule.
+        stages: T; by default the epochs, rounded up.
+        epochs: above 0, fractions allowed.
+        embeddings: when the embeddings are trained.
+        method: a method, or the name of one that needs no options.
+        num_labels: outputs of the classification head.
+        head: which head the task needs.
+        overrides: entries of the model's config to change.
+        options: the schedule's own (`first_blocks`, `block_weights`, `starts`).
+        family: a family or its name; None looks it up.
+        revision: hub revision.
+        steps_per_epoch: optimizer steps of an epoch where they are known (`starts` counts in them).
+
+    Raises:
+        ModelError: the model cannot be found or cut into parts.
+        ScheduleError: epochs not above 0, or stages that do not fit.
+        RegistryError: unknown schedule, method or family.
+    """
+    import torch
+
+    length = Fraction(str(epochs)).limit_denominator(1000)
+    if length <= 0:
+        raise ScheduleError(f"train.epochs: {epochs}; more than 0 is needed")
+    count = math.ceil(length) if stages is None else stages
+    if count < 1:
+        raise ScheduleError(f"schedule.stages: {count}; at least 1 is needed")
+    steps_per_epoch = steps_per_epoch or nominal_steps_per_epoch(length, count)
+    trained = METHODS.get(method)() if isinstance(method, str) else method
+    request = ModelRequest(
+        model_name, head=head, num_labels=num_labels, overrides=overrides or {}, random_weights=True, revision=revision
+    )
+    found = find_family(request, family, weights=False)
+    with torch.device("meta"):
+        model = trained.prepare(build_meta(request, found))
+    parts = partition(model, found)
+    built = build_stages(
+        schedule,
+        num_blocks=parts.num_blocks,
+        stages=count,
+        total_steps=math.ceil(length * steps_per_epoch),
+        embeddings=embeddings,
+        options=options,
+    )
+    return make_plan(parts, built, trained, steps_per_epoch, model=model_name, schedule=schedule)
+
+
+def nominal_steps_per_epoch(epochs: Fraction, stages: int) -> int:
+    """At least 1000, such that the run has whole steps and divides into `stages` equal stages.
+
+    >>> nominal_steps_per_epoch(Fraction(5, 2), 3)
+    1002
+    """
+    unit = epochs.denominator * stages
+    return unit * -(-NOMINAL_STEPS // unit)
+
+
+def compute_share(plan: Plan, *, cache: bool = False) -> float:
+    """Ideal time of the blocks as a share of the same method without stages; embeddings and head left out.
+
+    A block costs a forward pass, as much again for the gradient of its input, and as much again for the gradient of
+    its weights (in proportion to the elements that the method trains). The gradient must reach the lowest live
+    block, and every block while the embeddings are trained.
+
+    Args:
+        plan: stacks are taken to follow each other, as a decoder follows its encoder.
+        cache: the frozen prefix is stored: once frozen for good, a block runs forward once for each example.
+    """
+    blocks = [(stack, index) for stack, count in plan.num_blocks.items() for index in range(count)]
+    lowest = []
+    for stage in plan.stages:
+        live = [i for i, (stack, index) in enumerate(blocks) if index in stage.live_blocks[stack]]
+        lowest.append(0 if stage.embeddings else min(live, default=len(blocks)))
+    cost = Fraction(0)
+    for stage, first in zip(plan.stages, lowest, strict=True):
+        steps = stage.end_step - stage.start_step
+        live_count = sum(len(live) for live in stage.live_blocks.values())
+        cost += steps * (len(blocks) - first + live_count * plan.block_fraction)
+    for i in range(len(blocks)):
+        frozen_from = plan.total_steps
+        for stage, first in zip(reversed(plan.stages), reversed(lowest), strict=True):
+            if i >= first or not cache:
+                break
+            frozen_from = stage.start_step
+        cost += frozen_from + min(plan.total_steps - frozen_from, plan.steps_per_epoch)
+    return float(cost / (plan.total_steps * len(blocks) * (2 + plan.block_fraction)))
+
+
+def state_bytes(
+    total_parameters: int,
+    trainable_parameters: int,
+    *,
+    precision: Precision = "fp32",
+    zero_stage: int = 0,
+    world_size: int = 1,
+    autocast: bool = False,
+) -> StateBytes:
+    """Bytes on one rank for weights, gradients and the state of AdamW.
+
+    A trained parameter costs 16 bytes, a frozen one 2 (mixed precision) or 4 (float32). Mixed precision keeps half
+    weights and half gradients, with float32 masters and two moments in the optimizer.
+
+    Args:
+        total_parameters: elements of the whole model.
+        trainable_parameters: elements that the stage trains.
+        precision: of weights and gradients.
+        zero_stage: 0 to 3: 1 splits the optimizer's state over ranks, 2 the gradients too, 3 the weights too.
+        world_size: ranks.
+        autocast: weights stay in float32 and only the computation is in `precision`.
+
+    Raises:
+        ValueError: a ZeRO stage or world size that does not exist.
+    """
+    if zero_stage not in (0, 1, 2, 3):
+        raise ValueError(f"zero_stage {zero_stage}; 0 to 3 exist")
+    if world_size < 1:
+        raise ValueError(f"world_size {world_size}; at least 1 is needed")
+    whole = precision == "fp32" or autocast
+    width, optimizer_width = (4, 8) if whole else (2, 12)
+
+    def split(size: int, from_stage: int) -> int:
+        return -(-size // world_size) if zero_stage >= from_stage else size
+
+    return StateBytes(
+        weights=width * split(total_parameters, 3),
+        gradients=width * split(trainable_parameters, 2),
+        optimizer=optimizer_width * split(trainable_parameters, 1),
+    )
+
+
+def render_plan(plan: Plan, state: Sequence[StateBytes] | None = None) -> RenderableType:
+    """The plan as a table for the terminal.
+
+    Args:
+        plan: what to show.
+        state: bytes of each stage for one more column, from `state_bytes`.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    title = " ".join(filter(None, (plan.model, plan.method and f"({plan.method})", plan.schedule)))
+    table = Table(title=Text(title) if title else None, caption=Text(_saving(plan)), caption_justify="left")
+    numbers = ("stage", "steps", "epochs")
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    stacks = list(plan.num_blocks)
+    for stack in stacks:
+        table.add_column(stack if len(stacks) > 1 else "blocks", no_wrap=True)
+    table.add_column("embeddings", no_wrap=True)
+    table.add_column("trainable M", justify="right", no_wrap=True)
+    table.add_column("updated M", justify="right", no_wrap=True)
+    if state is not None:
+        table.add_column("state GiB a rank", justify="right", no_wrap=True)
+    for position, stage in enumerate(plan.stages):
+        cells = [str(stage.stage), f"{stage.start_step} to {stage.end_step - 1}", f"{float(stage.epochs):g}"]
+        cells += [_picture(stage.live_blocks[stack], plan.num_blocks[stack]) for stack in stacks]
+        cells += ["trained" if stage.embeddings else "frozen"]
+        cells += [_millions(Fraction(stage.trainable_parameters)), _millions(stage.updated_parameters)]
+        if state is not None:
+            cells.append(f"{state[position].total / 2**30:.2f}")
+        table.add_row(*(Text(cell) for cell in cells), end_section=position + 1 == len(plan.stages))
+    total = ["total", str(plan.total_steps), f"{float(plan.epochs):g}", *("" for _ in stacks), "", ""]
+    table.add_row(*total, _millions(plan.updated_parameters), *([""] if state is not None else []))
+    return table
+
+
+def _saving(plan: Plan) -> str:
+    change = 100 * (1 - plan.share)
+    word = "less" if change >= 0 else "more"
+    return (
+        f"{_millions(plan.updated_parameters)} M updated; without stages {_millions(plan.baseline_updated_parameters)} M "
+        f"({abs(change):.1f} % {word})"
+    )
+
+
+def _picture(live: Sequence[int], count: int) -> str:
+    """Blocks from low to high: `·` frozen, `█` trained."""
+    return "".join("█" if block in set(live) else "·" for block in range(count))
+
+
+def _millions(value: Fraction) -> str:
+    return f"{float(value) / 1e6:.2f}"
+
+
+def _number(value: Fraction) -> int | float:
+    return value.numerator if value.denominator == 1 else float(value)

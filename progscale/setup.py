@@ -1,0 +1,271 @@
+"""From a config to a session; all that can be wrong with the input shows here, before time is spent."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from progscale.blocks import Partition, partition
+from progscale.config import Config, config_hash, dump_config
+from progscale.data import TrainLoader, padding_values
+from progscale.engine import ranks
+from progscale.engine.base import EngineSettings
+from progscale.engine.launch import check_precision, create_engine, make_accelerator, set_up_cpu
+from progscale.engine.loading import load_module
+from progscale.errors import ConfigError, Fault, ModelError
+from progscale.learning_rate import LearningRate
+from progscale.meters import MemoryMeter
+from progscale.methods import METHODS
+from progscale.models.family import Family, ModelRequest
+from progscale.models.loading import build_meta, find_family
+from progscale.models.tokenizers import check_tokenizer, load_tokenizer
+from progscale.optim import AdamW, build_for
+from progscale.plan import Plan, make_plan, render_plan
+from progscale.schedule import Stage, build_stages
+from progscale.session import Session
+from progscale.tasks import TASKS
+from progscale.tasks.base import Task
+from progscale.tasks.demo import DEMO_MODEL, demo_tokenizer
+from progscale.trackers import RunConsole, RunFolder
+
+
+@dataclass(frozen=True)
+class Permissions:
+    """What only the command line may allow, never a config file."""
+
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+
+
+NO_PERMISSIONS = Permissions()
+# The dtype of the parameters themselves, where it is not float32; autocast needs none.
+PARAMETER_DTYPES = {"bf16_params": torch.bfloat16, "fp16": torch.float16}
+
+
+def prepare(config: Config, permissions: Permissions = NO_PERMISSIONS, *, dry_run: bool = False) -> Session | Plan:
+    """Everything a run needs, in the order in which mistakes are cheapest to find.
+
+    The data and the model's config first, then the plan from a model without weights, then the weights and the engine. With
+    `dry_run` it stops at the plan. Every rank must call it.
+
+    Raises:
+        UserError: config, data, schedule or model do not fit; the run folder has not been touched.
+    """
+    set_up_cpu(config.run.threads)
+    task: Task = TASKS.get(config.task.name)(config.task, seed=config.run.seed)
+    request = model_request(config, task, permissions)
+    family = find_family(request, config.model.family)
+    skeleton = build_meta(request, family)
+    tokenizer = demo_tokenizer() if config.model.name is None else tokenizer_of(config, family, permissions)
+    check_tokenizer(tokenizer, getattr(skeleton, "config", None), config.train.max_length, family)
+
+    deepspeed = config.engine.deepspeed
+    accelerator = make_accelerator(deepspeed=deepspeed, timeout_seconds=config.engine.timeout_seconds)
+    world_size, rank, is_main = int(accelerator.num_processes), int(accelerator.process_index), accelerator.is_main_process
+    check_precision(config.train.precision, torch.device(accelerator.device), deepspeed is not None)
+    check_same_on_all_ranks(config)
+    micro_batch_size = micro_batch_size_of(config, world_size)
+    console = RunConsole(is_main)
+    splits = task.tokenize(tokenizer, config.train.max_length)
+    padding = padding_values(tokenizer)
+    loader = TrainLoader(
+        splits["train"],
+        padding,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=micro_batch_size,
+        max_tokens=config.train.max_tokens_per_micro_batch,
+        seed=config.run.seed,
+        world_size=world_size,
+        rank=rank,
+        group_by_length=config.train.group_by_length,
+        num_workers=config.train.num_workers,
+        pin_memory=torch.device(accelerator.device).type == "cuda",
+    )
+    total_steps = total_steps_of(config, loader.steps_per_epoch)
+    method = METHODS.get(config.method.name)()
+    parts = partition(method.prepare(skeleton), family)
+    stages = stages_of(config, parts, total_steps)
+    plan = make_plan(parts, stages, method, steps_per_epoch=loader.steps_per_epoch)
+    rows = {name: len(split) for name, split in splits.items()}
+    console.show(
+        f"{request.name} ({family.name}) on {task.name}: {rows['train']} training rows, "
+        f"{total_steps} steps of {config.train.global_batch_size} rows on {world_size} "
+        f"{'process' if world_size == 1 else 'processes'}, {config.train.precision}"
+    )
+    console.show(render_plan(plan))
+    if dry_run:
+        return plan
+
+    folder = open_folder(config, plan) if is_main else None
+    # From here on every rank needs the same weights, also those of a new head.
+    torch.manual_seed(config.run.seed)
+    memory = MemoryMeter(torch.device(accelerator.device))
+    module = method.prepare(
+        load_module(request, family, deepspeed, dtype=PARAMETER_DTYPES.get(config.train.precision, torch.float32))
+    )
+    if config.train.gradient_checkpointing:
+        enable_checkpointing(module)
+    module.train()
+    settings = EngineSettings(
+        precision=config.train.precision,
+        optimizer=AdamW((config.optimizer.betas[0], config.optimizer.betas[1]), config.optimizer.eps, config.train.fused_optimizer),
+        max_grad_norm=config.train.max_grad_norm,
+        micro_batch_size=micro_batch_size,
+    )
+    engine = create_engine(module, settings, accelerator, deepspeed)
+    return Session(
+        config=config,
+        task=task,
+        tokenizer=tokenizer,
+        padding=padding,
+        splits=splits,
+        loader=loader,
+        partition=parts,
+        builds=build_for(
+            stages,
+            parts,
+            method,
+            weight_decay=config.optimizer.weight_decay,
+            decay_bias_and_norm=config.optimizer.decay_bias_and_norm,
+        ),
+        plan=plan,
+        learning_rate=learning_rate_of(config, stages, total_steps),
+        engine=engine,
+        memory=memory,
+        console=console,
+        folder=folder,
+        total_steps=total_steps,
+        steps_per_epoch=loader.steps_per_epoch,
+    )
+
+
+def model_request(config: Config, task: Task, permissions: Permissions) -> ModelRequest:
+    """What model the config and the task ask for; the demo brings its own tiny architecture."""
+    demo = config.model.name is None
+    overrides: dict[str, Any] = {**(DEMO_MODEL if demo else {}), **config.model.overrides}
+    return ModelRequest(
+        name="bert-base-uncased" if demo else str(config.model.name),
+        head=task.head,
+        num_labels=task.num_labels,
+        label_names=task.label_names,
+        problem_type=task.problem_type,
+        overrides=overrides,
+        random_weights=demo or config.model.random_weights,
+        revision=config.model.revision,
+        allow_pickle=permissions.allow_pickle,
+        trust_remote_code=permissions.trust_remote_code,
+    )
+
+
+def tokenizer_of(config: Config, family: Family, permissions: Permissions) -> Any:
+    """The tokenizer that the config names, or the model's own."""
+    own = config.model.tokenizer is None
+    return load_tokenizer(
+        str(config.model.name if own else config.model.tokenizer),
+        revision=config.model.revision if own else None,
+        trust_remote_code=permissions.trust_remote_code,
+        family=family if own else None,
+    )
+
+
+def total_steps_of(config: Config, steps_per_epoch: int) -> int:
+    """Optimizer steps of the run: the epochs', cut by `train.max_steps`."""
+    steps = math.ceil(config.train.epochs * steps_per_epoch - 1e-9)
+    return min(steps, config.train.max_steps or steps)
+
+
+def stages_of(config: Config, parts: Partition, total_steps: int) -> tuple[Stage, ...]:
+    """The stages that the config's schedule gives for this model."""
+    schedule = config.schedule
+    own = {key: getattr(schedule, key) for key in ("first_blocks", "starts", "block_weights")}
+    return build_stages(
+        schedule.name,
+        num_blocks=parts.num_blocks,
+        stages=config.stages,
+        total_steps=total_steps,
+        embeddings=schedule.embeddings,
+        options={**schedule.options, **{key: value for key, value in own.items() if value is not None}},
+    )
+
+
+def learning_rate_of(config: Config, stages: tuple[Stage, ...], total_steps: int) -> LearningRate:
+    """The run's learning-rate curve."""
+    optimizer = config.optimizer
+    return LearningRate(
+        peak=optimizer.lr,
+        curve=optimizer.lr_schedule,
+        total_steps=total_steps,
+        warmup_steps=optimizer.warmup_steps or 0,
+        warmup_fraction=optimizer.warmup_fraction or 0.0,
+        final_fraction=optimizer.final_lr_fraction,
+        power=optimizer.power,
+        restart_each_stage=optimizer.restart_each_stage,
+        stages=stages,
+    )
+
+
+def micro_batch_size_of(config: Config, world_size: int) -> int:
+    """Rows a rank runs at once.
+
+    Raises:
+        ConfigError: `train.gradient_accumulation_steps` does not come out.
+    """
+    train = config.train
+    share = math.ceil(train.global_batch_size / world_size)
+    micro = min(train.micro_batch_size or 32, share)
+    steps = math.ceil(share / micro)
+    wanted = train.gradient_accumulation_steps
+    if wanted is not None and steps != wanted:
+        raise ConfigError(
+            Fault(
+                "train.gradient_accumulation_steps",
+                f"{wanted}, but {train.global_batch_size} rows on {world_size} processes of {micro} rows each take {steps}; "
+                "change train.global_batch_size or train.micro_batch_size",
+            )
+        )
+    return micro
+
+
+def check_same_on_all_ranks(config: Config) -> None:
+    """Refuses a run whose processes were started with different configs or versions of progscale.
+
+    Raises:
+        ConfigError: naming the ranks that differ from rank 0.
+    """
+    hashes = ranks.gather_objects((config_hash(config), code_hash()))
+    for index, what in enumerate(("config", "code of progscale")):
+        differ = [rank for rank, entry in enumerate(hashes) if entry[index] != hashes[0][index]]
+        if differ:
+            raise ConfigError(f"the {what} on rank {', '.join(map(str, differ))} is not that of rank 0; start all alike")
+
+
+def code_hash() -> str:
+    """A hash of the package's sources."""
+    import hashlib
+
+    sources = sorted(Path(__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+
+
+def open_folder(config: Config, plan: Plan) -> RunFolder:
+    """The run folder with config.json and plan.json in it."""
+    folder = RunFolder(Path(config.run.output_dir) / config.run_name, dump_config(config), config_hash(config))
+    folder.write("plan.json", plan.to_json())
+    return folder
+
+
+def enable_checkpointing(module: torch.nn.Module) -> None:
+    """Non-reentrant gradient checkpointing: the reentrant kind would need gradients through the frozen blocks.
+
+    Raises:
+        ModelError: the model has no support for it.
+    """
+    if not hasattr(module, "gradient_checkpointing_enable"):
+        raise ModelError(
+            f"train.gradient_checkpointing: {type(module).__name__} has no gradient_checkpointing_enable; set it to false"
+        )
+    module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -1,0 +1,159 @@
+"""What a run writes: the run folder and the console. Nothing here computes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from progscale.errors import ConfigError, Fault
+
+
+class RunFolder:
+    """The folder of one run: config.json, plan.json, metrics.jsonl, summary.json, model/.
+
+    Args:
+        path: `run.output_dir`/`run.name`.
+        config: resolved, as a plain dict.
+        config_hash: tells whether a folder that is there belongs to the same run.
+
+    Raises:
+        ConfigError: the folder holds a run of another config, or cannot be written.
+    """
+
+    def __init__(self, path: Path, config: Mapping[str, Any], config_hash: str) -> None:
+        self.path = path
+        try:
+            self._claim(config_hash)
+            path.mkdir(parents=True, exist_ok=True)
+            self.write("config.json", {"hash": config_hash, **config})
+        except OSError as error:
+            raise ConfigError(
+                Fault("run.output_dir", f"'{path}' cannot be written ({error.strerror}); choose another with --set run.output_dir=…")
+            ) from error
+        self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
+
+    def _claim(self, config_hash: str) -> None:
+        """Moves an earlier run of the same config aside; nothing is ever overwritten."""
+        there = self.path / "config.json"
+        if not there.exists():
+            if self.path.exists() and any(self.path.iterdir()):
+                raise ConfigError(
+                    Fault("run.name", f"'{self.path}' exists and is no run folder; choose another with --set run.name=…")
+                )
+            return
+        if json.loads(there.read_text(encoding="utf-8")).get("hash") != config_hash:
+            raise ConfigError(
+                Fault("run.name", f"'{self.path}' holds a run of another config; choose another with --set run.name=…")
+            )
+        number = 1
+        while (aside := self.path.with_name(f"{self.path.name}.{number}")).exists():
+            number += 1
+        os.rename(self.path, aside)
+
+    def write(self, name: str, content: Any) -> None:
+        """Writes a JSON file whole or not at all."""
+        target = self.path / name
+        partial = target.with_name(target.name + ".partial")
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, target)
+
+    def record(self, kind: str, **values: Any) -> None:
+        """Adds a line to metrics.jsonl."""
+        self._metrics.write(json.dumps({"kind": kind, "time": round(time.time(), 3), **values}) + "\n")
+        self._metrics.flush()
+
+    def close(self) -> None:
+        """Closes metrics.jsonl."""
+        self._metrics.close()
+
+
+class RunConsole:
+    """What a person sees: the plan before, a progress bar (or plain lines where there is no terminal), a table after.
+
+    Args:
+        is_main: only the main process prints.
+        line_seconds: without a terminal, at most one line of progress in so many seconds.
+    """
+
+    def __init__(self, is_main: bool, line_seconds: float = 10.0) -> None:
+        self._console = Console(file=sys.stdout, quiet=not is_main, highlight=False, width=None if sys.stdout.isatty() else 110)
+        self._line_seconds = line_seconds
+        self._last_line = 0.0
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self._total_steps = 0
+
+    def show(self, thing: Any) -> None:
+        """Prints a line, a table or anything rich can render."""
+        self._console.print(thing)
+
+    def begin(self, total_steps: int) -> None:
+        """Starts the progress of the run."""
+        self._total_steps = total_steps
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[detail]}"),
+                console=self._console,
+            )
+            self._task = self._progress.add_task("training", total=total_steps, detail="")
+            self._progress.start()
+
+    def step(self, step: int, stage: int, loss: float, learning_rate: float) -> None:
+        """Shows that optimizer step `step` (0-based) is done."""
+        detail = f"stage {stage}  loss {loss:.4f}  lr {learning_rate:.2e}"
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step + 1, detail=detail)
+        elif time.monotonic() - self._last_line >= self._line_seconds or step + 1 == self._total_steps:
+            self._last_line = time.monotonic()
+            self._console.print(f"step {step + 1}/{self._total_steps}  {detail}")
+
+    def end(self) -> None:
+        """Ends the progress bar."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def stage_table(stages: Sequence[Mapping[str, Any]]) -> Table:
+    """The stages of a finished run, from the entries of summary.json."""
+    table = Table(title="What each stage did", title_justify="left")
+    for heading in ("stage", "from block", "updated M", "planned M", "train s", "switch s", "audit s", "samples/s", "tokens/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("peak MB", justify="right")
+    table.add_column("optimizer MB", justify="right")
+    table.add_column("frozen changed", justify="right")
+    for entry in stages:
+        table.add_row(
+            str(entry["stage"]),
+            str(entry["first_block"]),
+            f"{entry['updated_parameters'] / 1e6:.3f}",
+            f"{entry['planned_updated_parameters'] / 1e6:.3f}",
+            f"{entry['train_seconds']:.1f}",
+            f"{entry['switch_seconds']:.2f}",
+            f"{entry['audit_seconds']:.2f}",
+            f"{entry['samples_per_second']:.0f}",
+            f"{entry['tokens_per_second']:.0f}",
+            f"{entry['peak_memory_bytes'] / 1e6:.0f}",
+            f"{entry['optimizer_state_bytes'] / 1e6:.1f}",
+            str(entry["frozen_changed"]),
+        )
+    return table
+
+
+def score_line(name: str, metrics: Mapping[str, float]) -> str:
+    """One line for the scores of a split."""
+    return f"{name}: " + "  ".join(f"{key} {value:.4f}" for key, value in metrics.items())

@@ -1,0 +1,141 @@
+"""The contracts over every schedule × family × method × engine: every pair in the ordinary run, the product on demand."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from progscale.methods import METHODS
+from progscale.schedule import SCHEDULES
+from tests.harness.cases import ENGINES, Outcome, run
+from tests.harness.pairs import all_pairs, full_product
+from tests.harness.worker import TwoRanks
+from tests.tiny import FAMILY_NAMES
+
+STAGES, STEPS, BLOCKS = 3, 6, 4
+OPTIONS = {"custom": {"first_blocks": [2, 0, 4]}, "weighted": {"block_weights": [1.0, 5.0, 1.0, 1.0]}}
+FACTORS = {
+    "engine": list(ENGINES),
+    "family": FAMILY_NAMES,
+    "schedule": SCHEDULES.names(),
+    "embeddings": ["always", "first_stage", "never"],
+    "method": METHODS.names(),
+}
+PAIRS = all_pairs(FACTORS)
+# Adam divides by the root of a tiny second moment, so a last-bit difference in a gradient near zero grows to some 1e-5
+# of a step of 1e-3; a wrong or lost state shows as 1e-3 and more.
+PARAMETER_TOLERANCE = 5e-5
+LOSS_TOLERANCE = 2e-6
+
+
+def identify(case: dict[str, Any]) -> str:
+    return "-".join(str(value) for value in case.values())
+
+
+@cache
+def reference(family: str, schedule: str, embeddings: str, method: str) -> Outcome:
+    """The same run in one process with plain torch."""
+    return train(None, engine="plain", family=family, schedule=schedule, embeddings=embeddings, method=method)
+
+
+def train(two_ranks: TwoRanks | None, engine: str, **case: Any) -> Outcome:
+    case = {"stages": STAGES, "steps": STEPS, "blocks": BLOCKS, "options": OPTIONS.get(case["schedule"], {})} | case
+    if engine == "plain" or two_ranks is None:
+        return run(engine=engine, **case)
+    outcomes = two_ranks.run("tests.harness.cases:run", engine=engine, **case)
+    assert outcomes[0].losses == outcomes[1].losses, "the ranks disagree about the loss"
+    assert outcomes[0].stage_of_step == outcomes[1].stage_of_step
+    return outcomes[0]
+
+
+@pytest.mark.parametrize("case", PAIRS, ids=identify)
+def test_contracts(two_ranks: TwoRanks, case: dict[str, Any]) -> None:
+    check(two_ranks, case)
+
+
+@pytest.mark.product
+@pytest.mark.parametrize("case", full_product(FACTORS), ids=identify)
+def test_contracts_product(two_ranks: TwoRanks, case: dict[str, Any]) -> None:
+    check(two_ranks, case)
+
+
+def check(two_ranks: TwoRanks, case: dict[str, Any]) -> None:
+    expected = reference(**{key: value for key, value in case.items() if key != "engine"})
+    outcome = expected if case["engine"] == "plain" else train(two_ranks, **case)
+    frozen_means_frozen(outcome)
+    one_and_two_processes_agree(outcome, expected)
+    assert outcome.updated == outcome.planned, "measured updated parameters are not the planned ones"
+    learning_rate_is_its_closed_form(outcome)
+
+
+def frozen_means_frozen(outcome: Outcome) -> None:
+    for stage in range(STAGES):
+        assert outcome.frozen_changed[stage] == [], f"stage {stage + 1}: frozen tensors changed"
+        assert outcome.frozen_with_gradient[stage] == [], f"stage {stage + 1}: frozen tensors have a gradient"
+        assert outcome.state_names[stage] == outcome.live_names[stage], f"stage {stage + 1}: optimizer state of other tensors"
+        assert outcome.live_unmoved[stage] == [], f"stage {stage + 1}: live tensors did not move"
+
+
+def one_and_two_processes_agree(outcome: Outcome, expected: Outcome) -> None:
+    assert outcome.stage_of_step == expected.stage_of_step
+    assert outcome.losses == pytest.approx(expected.losses, abs=LOSS_TOLERANCE)
+    assert outcome.grad_norms == pytest.approx(expected.grad_norms, rel=1e-4)
+    for name, value in expected.parameters.items():
+        gap = (outcome.parameters[name] - value).abs().max().item()
+        assert gap < PARAMETER_TOLERANCE, f"{name} is off by {gap:.1e}"
+
+
+def learning_rate_is_its_closed_form(outcome: Outcome) -> None:
+    """Warm-up over one step, then linear to a tenth; written down once more, independently."""
+    for step, rate in enumerate(outcome.learning_rates):
+        after = (step - 1) / (STEPS - 1)
+        wanted = 0.0 if step == 0 else 1e-3 * (0.1 + 0.9 * (1 - after))
+        assert math.isclose(rate, wanted, rel_tol=1e-9, abs_tol=1e-15), f"step {step}"
+
+
+@pytest.mark.parametrize("engine", list(ENGINES))
+def test_a_forced_switch_changes_nothing(two_ranks: TwoRanks, engine: str) -> None:
+    """All blocks in every stage: with the engine rebuilt at each boundary the run is bit for bit the one without."""
+    case = {"family": "bert", "schedule": "none", "embeddings": "always", "method": "full"}
+    plain = train(two_ranks, engine, **case)
+    forced = train(two_ranks, engine, force=True, **case)
+    assert plain.carried == ["none", "none", "none"]
+    assert forced.carried == ["none", "shards", "shards"]
+    assert forced.losses == plain.losses
+    for name, value in plain.parameters.items():
+        assert torch.equal(forced.parameters[name], value), name
+
+
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
+def test_requires_grad_alone_freezes_nothing(two_ranks: TwoRanks, engine: str) -> None:
+    """The audit catches a switch that only sets requires_grad, which is what ZeRO makes of it everywhere else."""
+    outcome = two_ranks.run(
+        "tests.harness.cases:run", engine=engine, stages=STAGES, steps=STEPS, blocks=BLOCKS, toggle=True
+    )[0]
+    assert outcome.frozen_changed[0] == []
+    assert outcome.frozen_changed[1], "frozen tensors moved unseen"
+
+
+@pytest.mark.parametrize("engine", list(ENGINES))
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_step_that_is_not_finite_never_was(two_ranks: TwoRanks, engine: str, rank: int) -> None:
+    """An infinite loss on one rank leaves no trace: the weights end as if the step's update had been left out."""
+    if engine == "plain" and rank == 1:
+        pytest.skip("one process has no rank 1")
+    case = {"family": "bert", "schedule": "progtuning", "embeddings": "always", "method": "full"}
+    poisoned = train(two_ranks, engine, poison=[(3, rank)], **case)
+    expected = train(None, "plain", poison=[(3, 0)], **case)
+    assert not math.isfinite(poisoned.losses[3])
+    for name, value in expected.parameters.items():
+        assert (poisoned.parameters[name] - value).abs().max().item() < PARAMETER_TOLERANCE, name
+    assert all(value.isfinite().all() for value in poisoned.parameters.values())
+
+
+@pytest.mark.parametrize("engine", [name for name in ENGINES if name != "plain"])
+def test_gradient_checkpointing_with_frozen_blocks(two_ranks: TwoRanks, engine: str) -> None:
+    case = {"family": "bert", "schedule": "progtuning", "embeddings": "first_stage", "method": "full"}
+    one_and_two_processes_agree(train(two_ranks, engine, checkpointing=True, **case), reference(**case))

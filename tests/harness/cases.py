@@ -1,0 +1,218 @@
+"""A training run on a tiny random encoder, small enough for hundreds of cases. Runs in a rank or in the test process."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from progscale.blocks import partition
+from progscale.engine.base import Engine, EngineSettings
+from progscale.engine.deepspeed import DeepSpeedEngine
+from progscale.engine.launch import create_engine, make_accelerator, set_up_cpu
+from progscale.engine.state import slices_of
+from progscale.learning_rate import LearningRate
+from progscale.methods import METHODS
+from progscale.models.loading import family_of
+from progscale.optim import AdamW, StageBuild, build_for
+from progscale.schedule import build_stages
+from tests.tiny import tiny_model
+
+ENGINES: dict[str, dict[str, Any] | None] = {
+    "plain": None,
+    "ddp": None,
+    "zero1": {"zero_optimization": {"stage": 1}},
+    "zero2": {"zero_optimization": {"stage": 2}},
+    "zero3": {"zero_optimization": {"stage": 3}},
+    "zero2-offload": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+    "zero3-offload": {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}},
+}
+
+
+@dataclass
+class Micro:
+    """A micro-batch of random tokens."""
+
+    inputs: dict[str, torch.Tensor]
+    labels: dict[str, torch.Tensor]
+    weight: float = 1.0
+
+
+@dataclass
+class Outcome:
+    """What a run showed on this rank."""
+
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    learning_rates: list[float] = field(default_factory=list)
+    stage_of_step: list[int] = field(default_factory=list)
+    parameters: dict[str, torch.Tensor] = field(default_factory=dict)
+    updated: list[int] = field(default_factory=list)
+    planned: list[int] = field(default_factory=list)
+    frozen_changed: list[list[str]] = field(default_factory=list)
+    live_unmoved: list[list[str]] = field(default_factory=list)
+    frozen_with_gradient: list[list[str]] = field(default_factory=list)
+    state_names: list[list[str]] = field(default_factory=list)
+    live_names: list[list[str]] = field(default_factory=list)
+    carried: list[str] = field(default_factory=list)
+
+
+def row_loss(outputs: Any, labels: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Cross-entropy of each row."""
+    return torch.nn.functional.cross_entropy(outputs.logits.float(), labels["labels"], reduction="none")
+
+
+def global_batch(step: int, rows: int, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens `(rows, 12)` and labels `(rows,)` of a step, the same for any world size."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    tokens = torch.randint(5, vocabulary, (rows, 12), generator=generator)
+    return tokens, tokens[:, 1] % 2
+
+
+def share(step: int, rows: int, vocabulary: int, rank: int, world_size: int, micro: int) -> list[Micro]:
+    """This rank's micro-batches of a global batch; a rank with fewer rows gets fillers of weight 0."""
+    tokens, labels = global_batch(step, rows, vocabulary)
+    mine = torch.arange(rank, rows, world_size)
+    count = -(-(-(-rows // world_size)) // micro)
+    batches = []
+    for index in range(count):
+        chosen = mine[index * micro : (index + 1) * micro]
+        filler = len(chosen) == 0
+        chosen = torch.zeros(1, dtype=torch.long) if filler else chosen
+        inputs = {"input_ids": tokens[chosen], "attention_mask": torch.ones_like(tokens[chosen])}
+        batches.append(Micro(inputs, {"labels": labels[chosen]}, 0.0 if filler else 1.0))
+    return batches
+
+
+def reset_accelerate() -> None:
+    """Lets the next case make its own Accelerator; the process group stays."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    PartialState._reset_state()
+
+
+def make_engine(module: torch.nn.Module, engine: str, **settings: Any) -> Engine:
+    """An engine of the named kind over `module`."""
+    set_up_cpu(1)
+    reset_accelerate()
+    accelerator = make_accelerator(deepspeed=ENGINES[engine])
+    made = create_engine(module, EngineSettings(optimizer=AdamW(), micro_batch_size=2, **settings), accelerator, ENGINES[engine])
+    assert made.name == engine, (made.name, engine)
+    return made
+
+
+def builds_of(
+    module: torch.nn.Module, schedule: str, embeddings: str, stages: int, steps: int, method: str, options: dict[str, Any]
+) -> tuple[Any, tuple[StageBuild, ...]]:
+    """Partition and stage builds of a tiny run."""
+    parts = partition(module, family_of(module))
+    plan = build_stages(
+        schedule, num_blocks=parts.num_blocks, stages=stages, total_steps=steps, embeddings=embeddings, options=options
+    )
+    return parts, build_for(plan, parts, METHODS.get(method)(), weight_decay=0.01)
+
+
+def masters(engine: Engine) -> dict[str, torch.Tensor]:
+    """Whole fp32 weights of the live parameters, put together from all ranks' slices."""
+    own = [(s.name, s.start, s.end, s.tensors["master"].detach().cpu().clone()) for s in slices_of(engine.shards())]
+    whole = {}
+    for part in engine.gather_objects(own):
+        for name, start, end, values in part:
+            target = whole.setdefault(name, torch.full((numel_of(engine, name),), float("nan")))
+            target[start:end] = values
+    return whole
+
+
+def rate_in_use(engine: Engine) -> float:
+    """The learning rate that the optimizer itself took in its last step."""
+    optimizer = engine._zero() if isinstance(engine, DeepSpeedEngine) else engine.optimizer  # type: ignore[attr-defined]
+    rates = {float(group["lr"]) for group in optimizer.param_groups}
+    assert len(rates) == 1, rates
+    return rates.pop()
+
+
+def numel_of(engine: Engine, name: str) -> int:
+    """Elements of the whole parameter, also when it is partitioned."""
+    parameter = engine.parameters[name]
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def run(
+    engine: str = "plain",
+    family: str = "bert",
+    schedule: str = "progtuning",
+    embeddings: str = "always",
+    method: str = "full",
+    stages: int = 3,
+    steps: int = 6,
+    rows: int = 8,
+    micro: int = 2,
+    blocks: int = 6,
+    force: bool = False,
+    precision: str = "fp32",
+    checkpointing: bool = False,
+    toggle: bool = False,
+    curve: str = "linear",
+    options: dict[str, Any] | None = None,
+    poison: Sequence[tuple[int, int]] = (),
+    engines_by_stage: Sequence[str] = (),
+) -> Outcome:
+    """Trains a tiny model and records what the contract tests ask about.
+
+    Args:
+        engine: a key of ENGINES; "plain" ignores the other ranks.
+        toggle: replace every switch by `requires_grad_(False)`, which is wrong under ZeRO.
+        poison: (step, rank) whose loss becomes infinite.
+    """
+    module = tiny_model(family, blocks=blocks)
+    if checkpointing:
+        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    module.train()
+    made = make_engine(module, engine, precision=precision)
+    options = dict(options or {})
+    parts, builds = builds_of(module, schedule, embeddings, stages, steps, method, options)
+    curve_of = LearningRate(1e-3, curve, steps, warmup_steps=1, final_fraction=0.1)  # type: ignore[arg-type]
+    config: PreTrainedConfig = module.config
+    outcome = Outcome()
+    for build in builds:
+        if toggle and made.build is not None:
+            for name, parameter in made.parameters.items():
+                parameter.requires_grad_(name in build.live)
+        else:
+            outcome.carried.append(made.begin_stage(build, force=force).carried)
+        live = sorted(build.live)
+        frozen = [name for name in parts.parameters if name not in build.live]
+        before, bits, volume = masters(made), made.digests(frozen), made.updated_volume()
+        for step in range(build.stage.start_step, build.stage.end_step):
+            rate = curve_of(step)
+            batches = share(step, rows, config.vocab_size, made.rank, made.world_size, micro)
+            infinite = any((step, made.rank) == bad for bad in poison)
+            loss = (lambda o, y: row_loss(o, y) * float("inf")) if infinite else row_loss
+            result = made.train_step(batches, rows, loss, rate)
+            outcome.losses.append(result.loss)
+            outcome.grad_norms.append(result.grad_norm)
+            outcome.learning_rates.append(rate_in_use(made))
+            outcome.stage_of_step.append(build.stage.index)
+        after, bits_after = masters(made), made.digests(frozen)
+        outcome.updated.append(made.updated_volume() - volume)
+        outcome.planned.append(build.stage.steps * sum(parts.parameters[name].numel for name in live))
+        changed = made.gather_objects([name for name in frozen if bits[name] != bits_after[name]])
+        outcome.frozen_changed.append(sorted({name for names in changed for name in names}))
+        outcome.live_unmoved.append([name for name in live if name in before and torch.equal(before[name], after[name])])
+        outcome.frozen_with_gradient.append([name for name in frozen if made.parameters[name].grad is not None])
+        names = made.gather_objects([piece.name for shard in made.shards() for piece in shard.pieces])
+        outcome.state_names.append(sorted({name for part in names for name in part}))
+        outcome.live_names.append(live)
+    outcome.parameters = {
+        name: value.clone() for name, value in made.full_parameters() if value is not None
+    }
+    made.close()
+    del made
+    gc.collect()
+    return outcome

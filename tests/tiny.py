@@ -1,0 +1,82 @@
+"""Tiny random models of every built-in family: small enough for hundreds of cases, complete enough to train."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+FAMILY_NAMES = ("bert", "roberta", "xlm-roberta-xl", "electra", "distilbert", "deberta-v2")
+
+_ROBERTA: dict[str, Any] = {"pad_token_id": 1, "max_position_embeddings": 66, "type_vocab_size": 1}
+_EXTRA: dict[str, dict[str, Any]] = {
+    "bert": {},
+    "roberta": _ROBERTA,
+    "xlm-roberta-xl": _ROBERTA,
+    # Embeddings narrower than the blocks, so that the projection exists.
+    "electra": {"embedding_size": 8},
+    "distilbert": {},
+    # With relative positions, their norm and the convolution, as v2 xlarge has them.
+    "deberta-v2": {
+        "relative_attention": True,
+        "position_buckets": 8,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_biased_input": False,
+        "type_vocab_size": 0,
+        "conv_kernel_size": 3,
+        "conv_act": "gelu",
+    },
+}
+
+
+def tiny_config(family_name: str, *, blocks: int = 4, dropout: float = 0.0, **kw: Any) -> PreTrainedConfig:
+    """A config of the family with `blocks` blocks of width 16, 101 tokens, 64 positions.
+
+    Args:
+        family_name: one of FAMILY_NAMES.
+        blocks: number of blocks.
+        dropout: of hidden states, attention and classifier.
+        **kw: further entries of the transformers config (`num_labels=3`).
+    """
+    size: dict[str, Any] = {"vocab_size": 101, "max_position_embeddings": 64}
+    if family_name == "distilbert":
+        size |= {"dim": 16, "n_layers": blocks, "n_heads": 2, "hidden_dim": 32}
+        size |= {"dropout": dropout, "attention_dropout": dropout, "qa_dropout": dropout, "seq_classif_dropout": dropout}
+    else:
+        size |= {"hidden_size": 16, "num_hidden_layers": blocks, "num_attention_heads": 2, "intermediate_size": 32}
+        size |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout, "classifier_dropout": dropout}
+    if family_name == "electra":
+        size["summary_last_dropout"] = dropout
+    if family_name == "deberta-v2":
+        size |= {"pooler_dropout": dropout, "cls_dropout": dropout}
+        del size["classifier_dropout"]
+    return AutoConfig.for_model(family_name, **{**size, **_EXTRA[family_name], **kw})
+
+
+def tiny_model(
+    family_name: str,
+    head: str = "sequence_classification",
+    blocks: int = 4,
+    seed: int = 0,
+    dropout: float = 0.0,
+    **kw: Any,
+) -> PreTrainedModel:
+    """A float32 model with random weights, the same for the same seed; torch's generator is left as it was."""
+    config = tiny_config(family_name, blocks=blocks, dropout=dropout, **kw)
+    auto = {
+        "sequence_classification": AutoModelForSequenceClassification,
+        "question_answering": AutoModelForQuestionAnswering,
+    }[head]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
+    return model

@@ -1,0 +1,255 @@
+"""Generated configs: valid ones come back equal, one spoilt leaf is named, and nothing but ConfigError is raised."""
+
+import copy
+import json
+import math
+import typing
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from progscale.config import Config, describe_schema, dump_config, format_set, load_config, parse_set
+from progscale.config.schema import SECTIONS
+from progscale.errors import ConfigError
+
+FUZZ = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**20), 10**20)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+WORDS = st.text("abcdefghijklmnopqrstuvwxyzäß -_", min_size=1, max_size=12).filter(lambda word: word.strip())
+
+# What the schema alone cannot say: values that other options constrain.
+VALID: dict[str, st.SearchStrategy[Any]] = {
+    "description": st.none() | st.text(max_size=20),
+    "run.name": st.none() | WORDS,
+    "run.output_dir": WORDS,
+    "run.seed": st.integers(0, 2**32 - 1),
+    "run.threads": st.none() | st.integers(1, 64),
+    "model.name": WORDS,
+    "model.revision": st.none() | WORDS,
+    "model.family": st.none() | WORDS,
+    "model.random_weights": st.booleans(),
+    "model.overrides": st.dictionaries(WORDS, st.integers() | st.text(max_size=5) | st.booleans(), max_size=3),
+    "model.tokenizer": st.none() | WORDS,
+    "task.name": st.sampled_from(["demo", "cola", "stsb"]),
+    "task.path": st.none() | WORDS,
+    "task.max_train_examples": st.none() | st.integers(1, 10**9),
+    "task.max_eval_examples": st.none() | st.integers(1, 10**9),
+    "task.metric": st.none() | WORDS,
+    "method.name": WORDS,
+    "schedule.name": st.sampled_from(["progtuning", "none", "growing", "without_low_blocks"]),
+    "schedule.stages": st.none() | st.integers(1, 100),
+    "schedule.embeddings": st.sampled_from(["always", "first_stage", "never"]),
+    "optimizer.name": WORDS,
+    "optimizer.lr": st.floats(1e-12, 100),
+    "optimizer.weight_decay": st.floats(0, 1),
+    "optimizer.betas": st.lists(st.floats(0, 0.999), min_size=2, max_size=2),
+    "optimizer.eps": st.floats(1e-12, 1),
+    "optimizer.decay_bias_and_norm": st.booleans(),
+    "optimizer.lr_schedule": st.sampled_from(["linear", "cosine", "polynomial", "constant"]),
+    "optimizer.warmup_fraction": st.none() | st.floats(0, 0.99),
+    "optimizer.final_lr_fraction": st.floats(0, 1),
+    "optimizer.power": st.floats(0.1, 10),
+    "optimizer.restart_each_stage": st.booleans(),
+    "train.epochs": st.floats(0.01, 1000) | st.integers(1, 100),
+    "train.max_steps": st.none() | st.integers(1, 10**9),
+    "train.micro_batch_size": st.none() | st.integers(1, 16),
+    "train.global_batch_size": st.integers(16, 4096),
+    "train.max_tokens_per_micro_batch": st.none() | st.integers(1, 10**6),
+    "train.eval_batch_size": st.integers(1, 512),
+    "train.max_length": st.integers(1, 512),
+    "train.precision": st.sampled_from(["fp32", "bf16", "fp16"]),
+    "train.gradient_checkpointing": st.booleans(),
+    "train.max_grad_norm": st.none() | st.floats(0.01, 100),
+    "train.group_by_length": st.booleans(),
+    "train.num_workers": st.integers(0, 8),
+    "train.logging_steps": st.integers(1, 1000),
+    "train.evaluate": st.sampled_from(["epoch", "stage", "end"]),
+    "train.save_model": st.sampled_from(["best", "last", "none"]),
+    "train.nonfinite": st.just("stop") | st.integers(1, 999).map(lambda number: f"skip:{number}"),
+    "train.fused_optimizer": st.none() | st.booleans(),
+    "engine.timeout_seconds": st.integers(1, 10**6),
+}
+
+
+@st.composite
+def trees(draw: st.DrawFn) -> dict[str, Any]:
+    """A valid layer that sets some of the options; always a model, so that the demo's defaults stay away."""
+    keys = draw(st.sets(st.sampled_from(sorted(VALID)))) | {"model.name"}
+    tree: dict[str, Any] = {}
+    for key in sorted(keys):
+        section, _, name = key.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[name] = draw(VALID[key])
+    return tree
+
+
+def bounds(field: Any) -> tuple[list[Any], list[Any]]:
+    """Values of a wrong type, and values just outside the range, told from the schema."""
+    wrong_type: list[Any] = [{"x": 1}, [[]]]
+    outside: list[Any] = []
+    annotation = field.annotation
+    parts = get_args(annotation) if get_origin(annotation) is not Literal and get_origin(annotation) is not list else [annotation]
+    parts = [get_args(part)[0] if get_origin(part) is typing.Annotated else part for part in (parts or [annotation])]
+    kinds = {get_origin(part) or part for part in parts}
+    if dict in kinds:
+        return [3, "x", [1]], []
+    if list not in kinds:
+        wrong_type.append([1])
+    if not kinds & {str, Literal}:
+        wrong_type.append("three")
+    if not kinds & {bool}:
+        wrong_type.append(True)
+    if not kinds & {int, float}:
+        wrong_type.append(2.5)
+    if int in kinds and float not in kinds:
+        wrong_type.extend([2.5, "1"])
+    if type(None) not in kinds:
+        wrong_type.append(None)
+    if Literal in kinds:
+        outside.append("no such choice")
+    for rule in field.metadata:
+        for name, value in (("ge", -1), ("gt", 0), ("le", 1), ("lt", 0)):
+            if hasattr(rule, name):
+                outside.append(getattr(rule, name) + value)
+    return wrong_type, outside
+
+
+LEAVES = [f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields]
+
+
+def load_fails(tree: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config([tree])
+    named = [fault.key for fault in caught.value.faults]
+    assert any(found == key or found.startswith(f"{key}.") for found in named), (key, str(caught.value))
+
+
+def config_or_faults(paths: list[Any], overrides: list[str] | None = None) -> Config | None:
+    """The config, or None where faults were reported; any other exception fails the test."""
+    try:
+        return load_config(paths, overrides or [])
+    except ConfigError as error:
+        faults = error.faults
+    assert faults
+    return None
+
+
+@FUZZ
+@given(trees())
+def test_round_trip(tree: dict[str, Any]) -> None:
+    config = load_config([tree])
+    dumped = dump_config(config)
+    assert load_config([json.loads(json.dumps(dumped))]) == config
+    assert dump_config(load_config([dumped])) == dumped
+
+
+@FUZZ
+@given(trees(), st.sampled_from(LEAVES), st.data())
+def test_a_spoilt_value_is_named(tree: dict[str, Any], key: str, data: st.DataObject) -> None:
+    section, name = key.split(".")
+    wrong_type, outside = bounds(SECTIONS[section].model_fields[name])
+    value = data.draw(st.sampled_from([*wrong_type, *outside, math.nan, math.inf]))
+    tree.setdefault(section, {})[name] = value
+    load_fails(tree, key)
+
+
+@FUZZ
+@given(trees(), st.sampled_from(LEAVES), st.data())
+def test_a_misspelt_key_is_named(tree: dict[str, Any], key: str, data: st.DataObject) -> None:
+    section, name = key.split(".")
+    spoilt = name
+    for _ in range(data.draw(st.integers(1, 2))):
+        place = data.draw(st.integers(0, len(spoilt)))
+        letter = data.draw(st.sampled_from("abcdefghijklmnopqrstuvwxyz_"))
+        edit = data.draw(st.sampled_from(["insert", "delete", "replace"]))
+        spoilt = spoilt[:place] + ("" if edit == "delete" else letter) + spoilt[place + (edit != "insert") :]
+    assume(spoilt not in SECTIONS[section].model_fields)
+    tree.setdefault(section, {})[spoilt] = 1
+    load_fails(tree, f"{section}.{spoilt}")
+
+
+@FUZZ
+@given(trees(), st.sampled_from(sorted(SECTIONS)), JSON)
+def test_any_json_in_any_place_gives_a_config_or_faults(tree: dict[str, Any], section: str, value: Any) -> None:
+    for place in (tree, tree.setdefault(section, {}), {"engine": {"deepspeed": {}}}):
+        spoilt = copy.deepcopy(tree)
+        if place is tree:
+            spoilt = value if isinstance(value, dict) else {section: value}
+        elif place is tree[section]:
+            spoilt[section] = value
+        else:
+            spoilt["engine"] = {"deepspeed": value}
+        config_or_faults([spoilt])
+
+
+DEEPSPEED_NAMES = st.sampled_from(
+    [
+        "optimizer",
+        "scheduler",
+        "params",
+        "type",
+        "enabled",
+        "fp16",
+        "bf16",
+        "zero_optimization",
+        "stage",
+        "device",
+        "offload_param",
+    ]
+    + ["offload_optimizer", "data_types", "lr", "warmup_num_steps", "train_batch_size", "gradient_clipping", "amp", "auto"]
+)
+DEEPSPEED = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 5) | st.floats(0, 1) | DEEPSPEED_NAMES | st.just("AdamW") | st.just("WarmupLR"),
+    lambda inner: st.dictionaries(DEEPSPEED_NAMES, inner, max_size=5) | st.lists(inner, max_size=2),
+    max_leaves=20,
+)
+
+
+@FUZZ
+@given(st.dictionaries(DEEPSPEED_NAMES, DEEPSPEED, max_size=6), st.booleans())
+def test_any_deepspeed_block_gives_a_config_or_faults(block: dict[str, Any], bare: bool) -> None:
+    config = config_or_faults([block if bare else {"engine": {"deepspeed": block}}])
+    if config is not None:
+        assert load_config([dump_config(config)]) == config
+
+
+KEYS = st.lists(
+    st.text(st.characters(exclude_characters=".=", exclude_categories=["Cs"]), min_size=1).filter(str.strip),
+    min_size=1,
+    max_size=4,
+)
+
+
+@FUZZ
+@given(KEYS, JSON)
+def test_set_round_trip(path: list[str], value: Any) -> None:
+    # Blanks around the whole key are not part of it.
+    path = [part.strip() for part in path]
+    assert parse_set(format_set(path, value)) == (tuple(path), value)
+
+
+@FUZZ
+@given(st.text(max_size=40))
+def test_any_text_as_set(text: str) -> None:
+    config_or_faults([], [text])
+
+
+@FUZZ
+@given(st.binary(max_size=60))
+def test_any_bytes_as_file(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzzed.json"
+    path.write_bytes(content)
+    config_or_faults([path])
+
+
+def test_the_strategies_name_real_options() -> None:
+    assert set(VALID) <= {option.key for option in describe_schema()}

@@ -1,0 +1,180 @@
+"""Embeddings, blocks and head: every parameter of every family in exactly one part."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertForMaskedLM
+
+from progscale.blocks import partition
+from progscale.errors import ModelError
+from progscale.models.family import FAMILIES, Family
+from tests.tiny import FAMILY_NAMES, tiny_config, tiny_model
+
+HEADS = ("sequence_classification", "question_answering")
+
+
+class Own(nn.Module):
+    """An encoder of somebody's own, its own base model."""
+
+    def __init__(self, blocks: int = 3) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(11, 4)
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(blocks))
+        self.norm = nn.LayerNorm(4)
+        self.out = nn.Linear(4, 2)
+
+
+OWN = Family("own", (), base="", embeddings=("tokens",), stacks={"blocks": "layers"}, head=("norm", "out"))
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_parts_partition_the_parameters(name: str, head: str) -> None:
+    model = tiny_model(name, head)
+    parts = partition(model, FAMILIES.get(name))
+    expected = dict(model.named_parameters())
+    assert list(parts.parameters) == list(expected)
+    assert all(info.shape == tuple(expected[key].shape) for key, info in parts.parameters.items())
+    by_part = [*parts.names("embeddings"), *parts.names("head")]
+    by_part += [key for block in range(4) for key in parts.block_names("blocks", block)]
+    assert sorted(by_part) == sorted(expected)
+    assert sorted(parts.names()) == sorted(expected)
+    assert parts.num_blocks == {"blocks": 4}
+    assert parts.numel() == sum(tensor.numel() for tensor in expected.values())
+    assert parts.numel() == parts.numel("embeddings") + parts.numel("block") + parts.numel("head")
+    assert len({parts.count(parts.block_names("blocks", block)) for block in range(4)}) == 1
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_meta_device_gives_the_same_partition(name: str) -> None:
+    with torch.device("meta"):
+        model = tiny_model(name)
+    assert partition(model, FAMILIES.get(name)) == partition(tiny_model(name), FAMILIES.get(name))
+
+
+def test_where_the_special_parameters_go() -> None:
+    def part(family: str, ending: str) -> str:
+        parts = partition(tiny_model(family), FAMILIES.get(family)).parameters
+        (info,) = [info for name, info in parts.items() if name.endswith(ending)]
+        return info.part
+
+    assert part("xlm-roberta-xl", "roberta.encoder.LayerNorm.weight") == "head"
+    assert part("deberta-v2", "deberta.encoder.rel_embeddings.weight") == "embeddings"
+    assert part("deberta-v2", "deberta.encoder.LayerNorm.weight") == "embeddings"
+    assert part("deberta-v2", "deberta.encoder.conv.conv.weight") == "embeddings"
+    assert part("electra", "electra.embeddings_project.weight") == "embeddings"
+    assert part("bert", "bert.pooler.dense.weight") == "head"
+    assert part("bert", "layer.0.attention.output.LayerNorm.bias") == "block"
+
+
+def test_a_tied_tensor_belongs_to_the_embeddings_and_keeps_its_other_names() -> None:
+    model = BertForMaskedLM(tiny_config("bert"))
+    parts = partition(model, FAMILIES.get("bert"))
+    word = parts.parameters["bert.embeddings.word_embeddings.weight"]
+    assert word.part == "embeddings"
+    assert word.tied == ("cls.predictions.decoder.weight",)
+    assert "cls.predictions.decoder.weight" not in parts.parameters
+    assert parts.numel() == sum(tensor.numel() for tensor in model.parameters())
+    head = parts.parameters["cls.predictions.bias"]
+    assert (head.part, head.tied) == ("head", ("cls.predictions.decoder.bias",))
+
+
+def test_a_tied_tensor_whose_first_name_is_in_the_head_still_belongs_to_the_embeddings() -> None:
+    class Reversed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder = nn.Linear(4, 11, bias=False)
+            self.base = Own()
+            self.base.tokens.weight = self.decoder.weight
+
+    parts = partition(Reversed(), dataclasses.replace(OWN, base="base"))
+    assert parts.parameters["decoder.weight"].part == "embeddings"
+    assert parts.parameters["decoder.weight"].tied == ("base.tokens.weight",)
+
+
+def test_zero3_shapes_are_the_true_ones() -> None:
+    model = tiny_model("bert")
+    whole = partition(model, FAMILIES.get("bert"))
+    for parameter in model.parameters():
+        parameter.ds_shape = parameter.shape
+        parameter.data = torch.empty(0)
+    assert partition(model, FAMILIES.get("bert")) == whole
+
+
+def test_a_peft_model_is_cut_like_the_model_it_wraps() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["query", "value"], modules_to_save=["classifier"])
+    model = peft.get_peft_model(tiny_model("bert"), config)
+    parts = partition(model, FAMILIES.get("bert"))
+    assert sorted(parts.parameters) == sorted(dict(model.named_parameters()))
+    lora = {info.block for name, info in parts.parameters.items() if "lora_" in name}
+    assert lora == {0, 1, 2, 3}
+    assert all("modules_to_save" in name or "original_module" in name or "pooler" in name for name in parts.names("head"))
+
+
+def test_two_stacks() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens = nn.Embedding(3, 2)
+            self.encoder = nn.ModuleList(nn.Linear(2, 2) for _ in range(2))
+            self.decoder = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+
+    family = Family("two", (), "", ("tokens",), {"encoder": "encoder", "decoder": "decoder"})
+    parts = partition(Two(), family)
+    assert parts.num_blocks == {"encoder": 2, "decoder": 3}
+    assert parts.block_names("decoder", 2) == ("decoder.2.weight", "decoder.2.bias")
+    with pytest.raises(IndexError, match="block 3 of stack 'decoder', which has 3"):
+        parts.block_names("decoder", 3)
+    with pytest.raises(KeyError, match="third"):
+        parts.block_names("third", 0)
+
+
+def test_star_stands_for_one_component_and_blocks_keep_their_order() -> None:
+    model = Own(blocks=12)
+    parts = partition(model, dataclasses.replace(OWN, embeddings=("*kens",), head=("norm.*", "out.weight", "out.bias")))
+    assert parts.names("embeddings") == ("tokens.weight",)
+    assert [parts.block_names("blocks", block)[0] for block in (2, 10, 11)] == [
+        "layers.2.weight",
+        "layers.10.weight",
+        "layers.11.weight",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head": ("out",)}, "parameter 'norm.weight' belongs to no part"),
+        ({"head": ("norm", "out", "out.weight", "tokens")}, "parameter 'tokens.weight' is claimed twice"),
+        ({"embeddings": ("tokens", "layers.0")}, "'layers.0.weight' is claimed twice.*'layers.0' and by stack 'blocks'"),
+        ({"embeddings": ("tokens", "positions")}, "pattern 'positions' matches no parameter.*write 'positions\\?'"),
+        ({"stacks": {"blocks": "layer"}}, "'layer' is not in this Own.*found layers.*did you mean 'layers'"),
+        ({"base": "encoder"}, "'encoder.layers' is not in this Own"),
+        ({"stacks": {"blocks": "norm"}}, "stack 'blocks' \\('norm'\\) is a LayerNorm without blocks"),
+    ],
+)
+def test_mistakes_of_a_family_are_named(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        partition(Own(), dataclasses.replace(OWN, **change))
+
+
+def test_shared_blocks_are_refused() -> None:
+    model = Own()
+    model.layers = nn.ModuleList([nn.Linear(4, 4)] * 3)
+    with pytest.raises(ModelError, match="holds one module several times.*freezing one freezes all"):
+        partition(model, OWN)
+
+
+def test_tensors_shared_between_blocks_or_with_the_head_are_refused() -> None:
+    model = Own()
+    model.layers[2].weight = model.layers[0].weight
+    with pytest.raises(ModelError, match="one tensor but lie in block 0 of 'blocks' and block 2 of 'blocks'"):
+        partition(model, OWN)
+    model = Own()
+    model.norm.bias = model.layers[1].bias
+    with pytest.raises(ModelError, match="one tensor but lie in block 1 of 'blocks' and the head"):
+        partition(model, OWN)

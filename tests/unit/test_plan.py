@@ -1,0 +1,168 @@
+"""Plans: golden numbers, the counting rule, compute shares and state bytes."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from progscale.blocks import partition
+from progscale.errors import ModelError, ScheduleError
+from progscale.methods import METHODS
+from progscale.models.family import FAMILIES
+from progscale.paper import ROWS
+from progscale.plan import compute_share, make_plan, nominal_steps_per_epoch, plan_for, render_plan, state_bytes
+from progscale.schedule import build_stages
+from tests.tiny import tiny_model
+
+PARTS = partition(tiny_model("bert"), FAMILIES.get("bert"))
+FULL = METHODS.get("full")()
+
+
+def millions(value: Fraction) -> float:
+    return round(float(value) / 1e6, 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "epochs", "baseline", "updated"),
+    [("bert-large-uncased", 3, 1005.43, 703.12), ("bert-base-uncased", 3, 328.45, 243.40)],
+)
+def test_golden_numbers(model: str, epochs: int, baseline: float, updated: float) -> None:
+    content = plan_for(model, epochs=epochs).to_json()
+    assert round(content["baseline_updated_parameters"] / 1e6, 2) == baseline
+    assert round(content["updated_parameters"] / 1e6, 2) == updated
+    assert content == json.loads(json.dumps(content))
+    assert [stage["stage"] for stage in content["stages"]] == [1, 2, 3]
+    assert [stage["first_block"] for stage in content["stages"]] == ([0, 8, 16] if "large" in model else [0, 4, 8])
+    assert sum(stage["updated_parameters"] for stage in content["stages"]) == content["updated_parameters"]
+    assert isinstance(content["updated_parameters"], int)
+
+
+@given(st.integers(1, 9), st.integers(1, 5), st.integers(1, 40), st.sampled_from(["progtuning", "growing", "none"]))
+def test_updated_parameters_are_the_sum_over_steps(stages: int, epochs: int, steps_per_epoch: int, name: str) -> None:
+    total = epochs * steps_per_epoch
+    if stages > total:
+        return
+    built = build_stages(name, num_blocks={"blocks": 4}, stages=stages, total_steps=total, embeddings="first_stage")
+    plan = make_plan(PARTS, built, FULL, steps_per_epoch)
+    elements = 0
+    for step in range(total):
+        stage = next(stage for stage in built if stage.start_step <= step < stage.end_step)
+        elements += PARTS.numel("head") + (PARTS.numel("embeddings") if stage.embeddings else 0)
+        elements += sum(PARTS.count(PARTS.block_names("blocks", block)) for block in stage.live_blocks["blocks"])
+    assert plan.updated_parameters == Fraction(elements, steps_per_epoch)
+    assert plan.baseline_updated_parameters == PARTS.numel() * epochs
+    assert plan.epochs == epochs
+    if name == "none" and stages == 1:
+        assert plan.share == 1
+
+
+def test_the_baseline_trains_the_embeddings_whatever_the_policy() -> None:
+    always, never = (plan_for("distilbert-base-uncased", embeddings=policy) for policy in ("always", "never"))
+    assert never.baseline_updated_parameters == always.baseline_updated_parameters
+    assert never.updated_parameters == always.updated_parameters - 3 * 23_835_648
+    assert not any(stage.embeddings for stage in never.stages)
+
+
+def test_fractional_epochs_and_stages_within_an_epoch() -> None:
+    plan = plan_for("distilbert-base-uncased", epochs=2.5, stages=3)
+    assert plan.epochs == Fraction(5, 2)
+    assert [stage.epochs for stage in plan.stages] == [Fraction(5, 6)] * 3
+    assert len(plan_for("distilbert-base-uncased", epochs=2.5).stages) == 3
+    assert len(plan_for("distilbert-base-uncased", epochs=0.5, stages=6).stages) == 6
+
+
+@given(st.fractions(Fraction(1, 100), 100, max_denominator=100), st.integers(1, 64))
+def test_nominal_steps_divide_evenly(epochs: Fraction, stages: int) -> None:
+    steps = nominal_steps_per_epoch(epochs, stages)
+    assert steps >= 1000
+    assert (epochs * steps / stages).denominator == 1
+
+
+def test_options_count_in_real_steps_when_these_are_known() -> None:
+    plan = plan_for(
+        "distilbert-base-uncased",
+        schedule="custom",
+        epochs=1,
+        stages=2,
+        options={"first_blocks": [0, 6], "starts": [0, 7]},
+        steps_per_epoch=10,
+    )
+    assert [(stage.start_step, stage.end_step) for stage in plan.stages] == [(0, 7), (7, 10)]
+    assert plan.to_json()["stages"][1]["live_blocks"] == {"blocks": []}
+    assert plan.to_json()["stages"][1]["first_block"] == 6
+
+
+def test_mistakes_are_named() -> None:
+    with pytest.raises(ScheduleError, match="train.epochs: 0; more than 0"):
+        plan_for("bert-base-uncased", epochs=0)
+    with pytest.raises(ScheduleError, match="schedule.stages: 0"):
+        plan_for("bert-base-uncased", stages=0)
+    with pytest.raises(ModelError, match="no such folder"):
+        plan_for("./no-such-folder")
+    with pytest.raises(ScheduleError, match="steps_per_epoch: 0"):
+        make_plan(PARTS, (), FULL, 0)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "stages", "always", "first_stage", "cached"),
+    [
+        (3, 3, 0.889, 0.778, 0.741),
+        (6, 3, 0.889, 0.778, 0.704),
+        (3, 12, 0.847, 0.694, 0.630),
+        (10, 10, 0.861, 0.722, 0.611),
+        (12, 12, 0.847, 0.694, 0.567),
+    ],
+)
+def test_ideal_compute_of_full_fine_tuning(epochs: int, stages: int, always: float, first_stage: float, cached: float) -> None:
+    plan = plan_for("bert-base-uncased", epochs=epochs, stages=stages)
+    assert compute_share(plan) == pytest.approx(always, abs=5e-4)
+    assert compute_share(plan, cache=True) == pytest.approx(always, abs=5e-4)
+    plan = plan_for("bert-base-uncased", epochs=epochs, stages=stages, embeddings="first_stage")
+    assert compute_share(plan) == pytest.approx(first_stage, abs=5e-4)
+    assert compute_share(plan, cache=True) == pytest.approx(cached, abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("task_epochs", "plain", "cached"), [(8, 0.79, 0.635), (10, 0.79, 0.625), (30, 0.775, 0.565)]
+)
+def test_ideal_compute_of_peft(task_epochs: int, plain: float, cached: float) -> None:
+    row = next(row for row in ROWS if row.epochs == task_epochs and row.method().name in ("bitfit", "lora"))
+    assert compute_share(row.plan()) == pytest.approx(plain, abs=5e-3)
+    assert compute_share(row.plan(), cache=True) == pytest.approx(cached, abs=5e-3)
+
+
+def test_a_growing_prefix_is_never_cached() -> None:
+    plan = plan_for("bert-base-uncased", schedule="growing", embeddings="never")
+    assert compute_share(plan, cache=True) == compute_share(plan)
+
+
+def test_state_bytes() -> None:
+    mixed = state_bytes(1000, 1000, precision="bf16")
+    assert (mixed.weights, mixed.gradients, mixed.optimizer, mixed.total) == (2000, 2000, 12000, 16000)
+    # A frozen parameter frees 14 of 16 bytes.
+    assert mixed.total - state_bytes(1000, 999, precision="bf16").total == 14
+    assert state_bytes(1000, 1000).total == 16000
+    assert state_bytes(1000, 1000, precision="bf16", autocast=True) == state_bytes(1000, 1000)
+    split = [state_bytes(1000, 500, precision="fp16", zero_stage=zero, world_size=4).total for zero in range(4)]
+    assert split == [9000, 2000 + 1000 + 1500, 2000 + 250 + 1500, 500 + 250 + 1500]
+    assert state_bytes(10, 10, zero_stage=3, world_size=3).weights == 16
+    with pytest.raises(ValueError, match="zero_stage 4; 0 to 3"):
+        state_bytes(1, 1, zero_stage=4)
+    with pytest.raises(ValueError, match="world_size 0; at least 1"):
+        state_bytes(1, 1, world_size=0)
+
+
+def test_the_table_shows_stages_blocks_and_saving() -> None:
+    plan = plan_for("bert-large-uncased", epochs=3)
+    console = Console(width=130, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    state = [state_bytes(plan.total_parameters, stage.trainable_parameters) for stage in plan.stages]
+    console.print(render_plan(plan, state))
+    text = console.export_text()
+    assert "········████████████████" in text
+    assert "703.12 M updated; without stages 1005.43 M (30.1 % less)" in text
+    assert "5.00" in text
