@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     parser = argparse.ArgumentParser(
         prog="progscale",
-        description="Fine-tunes Transformer encoders in stages that train fewer and fewer blocks, exactly, under DDP and DeepSpeed ZeRO.",
+        description="Fine-tunes Transformer encoders in stages that train fewer blocks each, exactly, under DDP and ZeRO.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -82,7 +82,9 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     parser.add_argument("--dry-run", action="store_true", help="read config and data, print the plan and stop")
     parser.add_argument("--list-options", action="store_true", help="list every config key with its default and stop")
-    parser.add_argument("--allow-pickle", action="store_true", help="accept model weights that are no safetensors (they can run code)")
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="accept model weights that are no safetensors (they can run code)"
+    )
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code from the model's repository")
 
 
@@ -91,9 +93,15 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", action="append", default=[], metavar="FILE", help="JSON layer, also a bare DeepSpeed config; later ones win"
     )
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one config value, e.g. optimizer.lr=3e-5")
     parser.add_argument(
-        "--plugin", action="append", default=[], metavar="MODULE", help="import a module of yours that registers families, schedules, …"
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="one config value, e.g. optimizer.lr=3e-5"
+    )
+    parser.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import a module of yours that registers families, schedules, …",
     )
 
 
@@ -106,7 +114,10 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--schedule", metavar="NAME", help="short for schedule.name")
     parser.add_argument("--embeddings", metavar="WHEN", help="short for schedule.embeddings: always, first_stage, never")
     parser.add_argument(
-        "--head", choices=["sequence_classification", "question_answering"], default="sequence_classification", help="the task's head"
+        "--head",
+        choices=["sequence_classification", "question_answering"],
+        default="sequence_classification",
+        help="the task's head",
     )
     parser.add_argument("--num-labels", type=int, default=2, metavar="N", help="outputs of a classification head")
     parser.add_argument("--paper", action="store_true", help="the paper's figures beside those computed from real architectures")
@@ -183,17 +194,21 @@ def run_plan(options: argparse.Namespace) -> int:
 
 def plan_of(config: Config, options: argparse.Namespace) -> Plan:
     """The plan of a config's model and schedule, with a nominal number of steps for each epoch."""
-    from progscale.plan import plan_for
+    from progscale.plan import plan_for, schedule_options
 
     return plan_for(
         str(config.model.name),
-        schedule=config.schedule,
-        epochs=config.train.epochs,
+        schedule=config.schedule.name,
         stages=config.stages,
+        epochs=config.train.epochs,
+        embeddings=config.schedule.embeddings,
+        method=config.method.name,
         num_labels=options.num_labels,
         head=options.head,
         overrides=config.model.overrides,
+        options=schedule_options(config),
         family=config.model.family,
+        revision=config.model.revision,
     )
 
 
@@ -212,7 +227,10 @@ def quiet_libraries() -> None:
     """Keeps notices of libraries that are no news to the user out of the output; warnings of ours stay."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    # One bar of ours shows the run; a bar for each rank and file would break into it.
+    shows_bars = os.environ.get("RANK", "0") == "0" and sys.stderr.isatty()
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if shows_bars else "1")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
     import logging
     import warnings
 

@@ -33,9 +33,15 @@ def export_model(engine: Engine, tokenizer: Any, path: Path) -> None:
     engine.barrier()
 
 
-def _save(module: torch.nn.Module, state: dict[str, torch.Tensor], folder: Path) -> None:
+def _save(module: Any, state: dict[str, torch.Tensor], folder: Path) -> None:
     if hasattr(module, "save_pretrained"):
+        from transformers.utils import logging
+
+        shown = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()  # a bar of its own for each file would break into that of the run
         module.save_pretrained(folder, state_dict=state)
+        if shown:
+            logging.enable_progress_bar()
         return
     # Somebody's own encoder that is no transformers model: weights by parameter name.
     from safetensors.torch import save_file

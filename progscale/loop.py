@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from progscale.data import eval_batches, evaluate_task
 from progscale.engine.base import StepResult
 from progscale.errors import NonFiniteError
 from progscale.export import export_model
 from progscale.meters import StageMeter, StageRecord
 from progscale.session import Session
+from progscale.tasks.base import evaluate_task
 from progscale.trackers import score_line, stage_table
 
 
@@ -28,7 +28,7 @@ def train(session: Session) -> dict[str, Any]:
     s.console.begin(s.total_steps)
     for build in s.builds:
         switch = engine.begin_stage(build)
-        meter = StageMeter(engine, build, s.partition.sizes, s.memory)
+        meter = StageMeter(engine, build, s.sizes, s.memory)
         meter.start()
         for step, batch in s.batches(build.stage):
             seed_step(config.run.seed, step, engine.rank)
@@ -76,7 +76,7 @@ def evaluate(s: Session, progress: Progress, step: int) -> None:
         predictions: dict[int, Any] = {}
         loss = torch.zeros((), dtype=torch.float64)
         with s.engine.evaluating():
-            for micro in eval_batches(split, s.padding, s.config.train.eval_batch_size, s.engine.world_size, s.engine.rank):
+            for micro in s.evaluation_batches(split):
                 outputs = s.engine.forward(micro.inputs)
                 if not micro.weight:
                     continue  # a filler: this rank ran out of rows, but must take part in the forward pass
@@ -88,7 +88,7 @@ def evaluate(s: Session, progress: Progress, step: int) -> None:
         # Scoring may be slow (SQuAD); one rank does it, and all get the same numbers.
         scores = None
         if s.engine.is_main:
-            scores = evaluate_task(s.task, split, name, [part for part, _ in everyone])
+            scores = evaluate_task(s.task, split, name, merge([part for part, _ in everyone]))
             if split.labels:
                 scores |= {f"loss{name.removeprefix('validation')}": sum(part for _, part in everyone) / len(split)}
         scores = s.engine.gather_objects(scores)[0]
@@ -101,6 +101,13 @@ def evaluate(s: Session, progress: Progress, step: int) -> None:
         progress.best, progress.best_step = metrics, step
         if s.config.train.save_model == "best" and s.model_path is not None:
             export_model(s.engine, s.tokenizer, s.model_path)
+
+
+def merge(parts: list[dict[int, Any]]) -> dict[int, Any]:
+    """All ranks' predictions; a row that two ranks scored would count twice."""
+    merged = {row: prediction for part in parts for row, prediction in part.items()}
+    assert len(merged) == sum(map(len, parts)), "a row was evaluated on two ranks"
+    return merged
 
 
 def check_finite(s: Session, progress: Progress, result: StepResult, step: int, batch: Any) -> None:
@@ -140,8 +147,8 @@ def finish(s: Session, progress: Progress) -> dict[str, Any]:
         "best_metrics": progress.best,
         "best_step": progress.best_step,
         "updated_parameters": sum(record.updated_parameters for record in progress.stages),
-        "planned_updated_parameters": s.plan.updated_parameters,
-        "baseline_updated_parameters": s.plan.baseline_updated_parameters,
+        "planned_updated_parameters": s.plan.to_json()["updated_parameters"],
+        "baseline_updated_parameters": s.plan.to_json()["baseline_updated_parameters"],
         "train_seconds": sum(record.train_seconds for record in progress.stages),
         "switch_seconds": sum(record.switch_seconds for record in progress.stages),
         "audit_seconds": sum(record.audit_seconds for record in progress.stages),

@@ -159,7 +159,7 @@ class StageMeter:
             self._running_since = None
 
     def step(self, rows: int, tokens: int, applied: bool) -> None:
-        """One optimizer step on `rows` rows of all ranks, with `tokens` tokens on this rank."""
+        """One optimizer step on `rows` rows of all ranks, with `tokens` real tokens."""
         self.rows += rows
         self.tokens += tokens
         self.skipped_steps += not applied
@@ -175,7 +175,6 @@ class StageMeter:
         self.stop()
         engine, stage = self._engine, self._build.stage
         volume = engine.updated_volume() - self._volume_before
-        tokens = sum(engine.gather_objects(self.tokens))
         peaks = engine.gather_objects(self._memory.peak())
         peak = max(peaks, key=lambda entry: entry["peak_memory_bytes"])
         state_bytes = engine.optimizer_state_bytes()
@@ -200,7 +199,7 @@ class StageMeter:
             switch_seconds=switch_seconds,
             audit_seconds=self.audit.seconds,
             samples_per_second=self.rows / seconds,
-            tokens_per_second=tokens / seconds,
+            tokens_per_second=self.tokens / seconds,
             optimizer_state_bytes=state_bytes,
             frozen_changed=len(changed),
             carried=carried,

@@ -87,8 +87,7 @@ def build_for(
         for (_, signature, decay), infos in buckets.items()
     ]
     return tuple(
-        StageBuild(stage, tuple(spec for signature, spec in specs if signature[index]))
-        for index, stage in enumerate(stages)
+        StageBuild(stage, tuple(spec for signature, spec in specs if signature[index])) for index, stage in enumerate(stages)
     )
 
 
@@ -116,8 +115,7 @@ class AdamW:
     def build(self, parameters: Mapping[str, torch.nn.Parameter], groups: Sequence[GroupSpec]) -> torch.optim.Optimizer:
         """A fresh optimizer over `groups`; the learning rate is set before each step."""
         param_groups: list[dict[str, Any]] = [
-            {"params": [parameters[name] for name in group.names], "weight_decay": group.weight_decay}
-            for group in groups
+            {"params": [parameters[name] for name in group.names], "weight_decay": group.weight_decay} for group in groups
         ]
         fused = self.fused
         if fused is None:

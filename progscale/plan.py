@@ -23,6 +23,8 @@ from progscale.schedule import EmbeddingsPolicy, Stage, build_stages
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from progscale.config import Config
+
 Precision = Literal["fp32", "bf16", "fp16"]
 
 NOMINAL_STEPS = 1000
@@ -283,6 +285,13 @@ def plan_for(
         options=options,
     )
     return make_plan(parts, built, trained, steps_per_epoch, model=model_name, schedule=schedule)
+
+
+def schedule_options(config: Config) -> dict[str, Any]:
+    """What the schedule's own options are in a config: `schedule.options`, and the built-in schedules' keys."""
+    schedule = config.schedule
+    own = {key: getattr(schedule, key) for key in ("first_blocks", "starts", "block_weights")}
+    return {**schedule.options, **{key: value for key, value in own.items() if value is not None}}
 
 
 def nominal_steps_per_epoch(epochs: Fraction, stages: int) -> int:

@@ -32,6 +32,7 @@ class Registry(Generic[T]):
         self._package = package
         self._entries: dict[str, T] = {}
         self._loaded = False
+        self._loading = False
 
     def register(self, name: str) -> Callable[[T], T]:
         """Decorator: adds the thing under `name`.
@@ -84,9 +85,16 @@ class Registry(Generic[T]):
         return name in self._entries
 
     def _load(self) -> None:
-        if self._loaded:
+        if self._loaded or self._loading:
             return
-        self._loaded = True
+        self._loading = True
+        try:
+            self._import_all()
+            self._loaded = True  # only now: after a failed import the next look-up fails too, and says why
+        finally:
+            self._loading = False
+
+    def _import_all(self) -> None:
         if self._package:
             package = importlib.import_module(self._package)
             for module in pkgutil.iter_modules(package.__path__):

@@ -13,7 +13,7 @@ import torch
 
 from progscale.blocks import Partition
 from progscale.config import Config
-from progscale.data import GlobalBatch, TrainLoader
+from progscale.data import GlobalBatch, MicroBatch, TrainLoader, eval_batches
 from progscale.engine.base import Engine, StepResult
 from progscale.learning_rate import LearningRate
 from progscale.meters import MemoryMeter
@@ -58,6 +58,11 @@ class Session:
         return {name: split for name, split in self.splits.items() if name != "train"}
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """Elements of every parameter."""
+        return {name: info.numel for name, info in self.partition.parameters.items()}
+
+    @property
     def model_path(self) -> Path:
         """Where the exported model goes; every rank takes part in an export, the main process writes."""
         return Path(self.config.run.output_dir) / self.config.run_name / "model"
@@ -78,6 +83,11 @@ class Session:
                 step += 1
                 if step == stage.end_step:
                     return
+
+    def evaluation_batches(self, split: Tokenized) -> Iterator[MicroBatch]:
+        """This rank's micro-batches of an evaluation split."""
+        size = self.config.train.eval_batch_size
+        return eval_batches(split, size, self.engine.world_size, self.engine.rank, pad=self.padding)
 
     def evaluation_due(self, step: int, stage: Stage) -> bool:
         """Whether to evaluate after optimizer step `step` (0-based); always after the last."""

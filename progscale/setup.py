@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from progscale.blocks import Partition, partition
-from progscale.config import Config, config_hash, dump_config
-from progscale.data import TrainLoader, padding_values
+from progscale.config import Config, config_hash, dump_config, micro_batch_size
+from progscale.data import TrainLoader, pad_values
 from progscale.engine import ranks
 from progscale.engine.base import EngineSettings
 from progscale.engine.launch import check_precision, create_engine, make_accelerator, set_up_cpu
@@ -24,11 +24,10 @@ from progscale.models.family import Family, ModelRequest
 from progscale.models.loading import build_meta, find_family
 from progscale.models.tokenizers import check_tokenizer, load_tokenizer
 from progscale.optim import AdamW, build_for
-from progscale.plan import Plan, make_plan, render_plan
+from progscale.plan import Plan, make_plan, render_plan, schedule_options
 from progscale.schedule import Stage, build_stages
 from progscale.session import Session
-from progscale.tasks import TASKS
-from progscale.tasks.base import Task
+from progscale.tasks.base import TASKS, Task
 from progscale.tasks.demo import DEMO_MODEL, demo_tokenizer
 from progscale.trackers import RunConsole, RunFolder
 
@@ -56,7 +55,9 @@ def prepare(config: Config, permissions: Permissions = NO_PERMISSIONS, *, dry_ru
         UserError: config, data, schedule or model do not fit; the run folder has not been touched.
     """
     set_up_cpu(config.run.threads)
+    check_metric(config, permissions)
     task: Task = TASKS.get(config.task.name)(config.task, seed=config.run.seed)
+    task.check()
     request = model_request(config, task, permissions)
     family = find_family(request, config.model.family)
     skeleton = build_meta(request, family)
@@ -68,15 +69,15 @@ def prepare(config: Config, permissions: Permissions = NO_PERMISSIONS, *, dry_ru
     world_size, rank, is_main = int(accelerator.num_processes), int(accelerator.process_index), accelerator.is_main_process
     check_precision(config.train.precision, torch.device(accelerator.device), deepspeed is not None)
     check_same_on_all_ranks(config)
-    micro_batch_size = micro_batch_size_of(config, world_size)
+    rows_at_once = micro_batch_size(config, world_size)
     console = RunConsole(is_main)
     splits = task.tokenize(tokenizer, config.train.max_length)
-    padding = padding_values(tokenizer)
+    padding = pad_values(tokenizer)
     loader = TrainLoader(
         splits["train"],
         padding,
         global_batch_size=config.train.global_batch_size,
-        micro_batch_size=micro_batch_size,
+        micro_batch_size=rows_at_once,
         max_tokens=config.train.max_tokens_per_micro_batch,
         seed=config.run.seed,
         world_size=world_size,
@@ -87,12 +88,14 @@ def prepare(config: Config, permissions: Permissions = NO_PERMISSIONS, *, dry_ru
     )
     total_steps = total_steps_of(config, loader.steps_per_epoch)
     method = METHODS.get(config.method.name)()
-    parts = partition(method.prepare(skeleton), family)
+    with torch.device("meta"):
+        parts = partition(method.prepare(skeleton), family)
     stages = stages_of(config, parts, total_steps)
-    plan = make_plan(parts, stages, method, steps_per_epoch=loader.steps_per_epoch)
+    name = "demo encoder" if config.model.name is None else request.name
+    plan = make_plan(parts, stages, method, loader.steps_per_epoch, model=name, schedule=config.schedule.name)
     rows = {name: len(split) for name, split in splits.items()}
     console.show(
-        f"{request.name} ({family.name}) on {task.name}: {rows['train']} training rows, "
+        f"{name} ({family.name}) on {task.name}: {rows['train']} training rows, "
         f"{total_steps} steps of {config.train.global_batch_size} rows on {world_size} "
         f"{'process' if world_size == 1 else 'processes'}, {config.train.precision}"
     )
@@ -112,9 +115,11 @@ def prepare(config: Config, permissions: Permissions = NO_PERMISSIONS, *, dry_ru
     module.train()
     settings = EngineSettings(
         precision=config.train.precision,
-        optimizer=AdamW((config.optimizer.betas[0], config.optimizer.betas[1]), config.optimizer.eps, config.train.fused_optimizer),
+        optimizer=AdamW(
+            (config.optimizer.betas[0], config.optimizer.betas[1]), config.optimizer.eps, config.train.fused_optimizer
+        ),
         max_grad_norm=config.train.max_grad_norm,
-        micro_batch_size=micro_batch_size,
+        micro_batch_size=rows_at_once,
     )
     engine = create_engine(module, settings, accelerator, deepspeed)
     return Session(
@@ -141,6 +146,19 @@ def prepare(config: Config, permissions: Permissions = NO_PERMISSIONS, *, dry_ru
         total_steps=total_steps,
         steps_per_epoch=loader.steps_per_epoch,
     )
+
+
+def check_metric(config: Config, permissions: Permissions) -> None:
+    """A metric of `evaluate` is somebody's Python code, which no config file may run by itself.
+
+    Raises:
+        ConfigError: the command line does not allow it.
+    """
+    metric = config.task.metric
+    if metric is not None and metric.startswith("evaluate:") and not permissions.trust_remote_code:
+        raise ConfigError(
+            Fault("task.metric", f"'{metric}' runs Python code that comes with the metric; allow it with --trust-remote-code")
+        )
 
 
 def model_request(config: Config, task: Task, permissions: Permissions) -> ModelRequest:
@@ -180,15 +198,13 @@ def total_steps_of(config: Config, steps_per_epoch: int) -> int:
 
 def stages_of(config: Config, parts: Partition, total_steps: int) -> tuple[Stage, ...]:
     """The stages that the config's schedule gives for this model."""
-    schedule = config.schedule
-    own = {key: getattr(schedule, key) for key in ("first_blocks", "starts", "block_weights")}
     return build_stages(
-        schedule.name,
+        config.schedule.name,
         num_blocks=parts.num_blocks,
         stages=config.stages,
         total_steps=total_steps,
-        embeddings=schedule.embeddings,
-        options={**schedule.options, **{key: value for key, value in own.items() if value is not None}},
+        embeddings=config.schedule.embeddings,
+        options=schedule_options(config),
     )
 
 
@@ -206,28 +222,6 @@ def learning_rate_of(config: Config, stages: tuple[Stage, ...], total_steps: int
         restart_each_stage=optimizer.restart_each_stage,
         stages=stages,
     )
-
-
-def micro_batch_size_of(config: Config, world_size: int) -> int:
-    """Rows a rank runs at once.
-
-    Raises:
-        ConfigError: `train.gradient_accumulation_steps` does not come out.
-    """
-    train = config.train
-    share = math.ceil(train.global_batch_size / world_size)
-    micro = min(train.micro_batch_size or 32, share)
-    steps = math.ceil(share / micro)
-    wanted = train.gradient_accumulation_steps
-    if wanted is not None and steps != wanted:
-        raise ConfigError(
-            Fault(
-                "train.gradient_accumulation_steps",
-                f"{wanted}, but {train.global_batch_size} rows on {world_size} processes of {micro} rows each take {steps}; "
-                "change train.global_batch_size or train.micro_batch_size",
-            )
-        )
-    return micro
 
 
 def check_same_on_all_ranks(config: Config) -> None:
@@ -258,7 +252,7 @@ def open_folder(config: Config, plan: Plan) -> RunFolder:
     return folder
 
 
-def enable_checkpointing(module: torch.nn.Module) -> None:
+def enable_checkpointing(module: Any) -> None:
     """Non-reentrant gradient checkpointing: the reentrant kind would need gradients through the frozen blocks.
 
     Raises:

@@ -37,7 +37,9 @@ class RunFolder:
             self.write("config.json", {"hash": config_hash, **config})
         except OSError as error:
             raise ConfigError(
-                Fault("run.output_dir", f"'{path}' cannot be written ({error.strerror}); choose another with --set run.output_dir=…")
+                Fault(
+                    "run.output_dir", f"'{path}' cannot be written ({error.strerror}); choose another with --set run.output_dir=…"
+                )
             ) from error
         self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
 
@@ -85,7 +87,7 @@ class RunConsole:
     """
 
     def __init__(self, is_main: bool, line_seconds: float = 10.0) -> None:
-        self._console = Console(file=sys.stdout, quiet=not is_main, highlight=False, width=None if sys.stdout.isatty() else 110)
+        self._console = Console(file=sys.stdout, quiet=not is_main, highlight=False, width=None if sys.stdout.isatty() else 120)
         self._line_seconds = line_seconds
         self._last_line = 0.0
         self._progress: Progress | None = None
@@ -131,17 +133,15 @@ class RunConsole:
 def stage_table(stages: Sequence[Mapping[str, Any]]) -> Table:
     """The stages of a finished run, from the entries of summary.json."""
     table = Table(title="What each stage did", title_justify="left")
-    for heading in ("stage", "from block", "updated M", "planned M", "train s", "switch s", "audit s", "samples/s", "tokens/s"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("peak MB", justify="right")
-    table.add_column("optimizer MB", justify="right")
-    table.add_column("frozen changed", justify="right")
+    headings = ("stage", "first block", "updated M", "planned M", "train s", "switch s", "audit s", "samples /s", "tokens /s")
+    for heading in (*headings, "peak MB", "optim. MB", "frozen changed"):
+        table.add_column(heading, justify="right", min_width=5)
     for entry in stages:
         table.add_row(
             str(entry["stage"]),
             str(entry["first_block"]),
-            f"{entry['updated_parameters'] / 1e6:.3f}",
-            f"{entry['planned_updated_parameters'] / 1e6:.3f}",
+            f"{entry['updated_parameters'] / 1e6:.2f}",
+            f"{entry['planned_updated_parameters'] / 1e6:.2f}",
             f"{entry['train_seconds']:.1f}",
             f"{entry['switch_seconds']:.2f}",
             f"{entry['audit_seconds']:.2f}",

@@ -48,10 +48,14 @@ class _Checks:
         self.bad = bad
         self.faults: list[Fault] = []
 
+    def value(self, key: str) -> str:
+        """`10 (from my.json)`."""
+        section, name = key.split(".")
+        return f"{show(getattr(getattr(self.config, section), name))}{self.values.where((section, name))}"
+
     def got(self, key: str) -> str:
         """`optimizer.warmup_steps = 10 (from my.json)`."""
-        section, name = key.split(".")
-        return f"{key} = {show(getattr(getattr(self.config, section), name))}{self.values.where((section, name))}"
+        return f"{key} = {self.value(key)}"
 
     def fault(self, key: str, message: str, *others: str) -> None:
         """Adds a fault at `key`, which also depends on the keys `others`."""
@@ -87,8 +91,8 @@ def _optimizer(checks: _Checks) -> None:
     if optimizer.warmup_steps is not None and optimizer.warmup_fraction is not None:
         checks.fault(
             "optimizer.warmup_steps",
-            f"given together with {checks.got('optimizer.warmup_fraction')} while "
-            f"{checks.got('optimizer.warmup_steps')}; set one of them to null",
+            f"{checks.value('optimizer.warmup_steps')} is given together with "
+            f"{checks.got('optimizer.warmup_fraction')}; set one of them to null",
             "optimizer.warmup_fraction",
         )
 
@@ -127,7 +131,7 @@ def _schedule(checks: _Checks) -> None:
             )
     starts = schedule.starts
     if starts is not None and (starts[0] != 0 or any(b <= a for a, b in pairwise(starts))):
-        checks.fault("schedule.starts", f"{checks.got('schedule.starts')} must ascend from 0, e.g. [0, 100, 300]")
+        checks.fault("schedule.starts", f"{checks.value('schedule.starts')} must ascend from 0, e.g. [0, 100, 300]")
 
 
 def _batches(checks: _Checks) -> None:
@@ -144,10 +148,10 @@ def _batches(checks: _Checks) -> None:
             keys[1],
         )
     elif micro is not None and micro > rows:
-        checks.fault(keys[1], f"{checks.got(keys[1])} is above {checks.got(keys[0])}", keys[0])
+        checks.fault(keys[1], f"{checks.value(keys[1])} is above {checks.got(keys[0])}", keys[0])
     elif accumulation is not None and rows % ((micro or 1) * accumulation):
         given = " × ".join(checks.got(key) for key in keys[1:] if key != keys[1] or micro is not None)
-        checks.fault(keys[0], f"{checks.got(keys[0])} is not a multiple of {given}", *keys[1:])
+        checks.fault(keys[0], f"{checks.value(keys[0])} is not a multiple of {given}", *keys[1:])
 
 
 def _engine(checks: _Checks) -> None:
@@ -155,7 +159,7 @@ def _engine(checks: _Checks) -> None:
     if engine.name in ("plain", "ddp") and engine.deepspeed is not None:
         checks.fault(
             "engine.name",
-            f"{checks.got('engine.name')} while engine.deepspeed is given"
+            f"{checks.value('engine.name')} while engine.deepspeed is given"
             f"{checks.values.where(('engine', 'deepspeed'))}; remove one of them (engine.deepspeed = null)",
             "engine.deepspeed",
         )
@@ -168,14 +172,14 @@ def _engine(checks: _Checks) -> None:
     if precision == "bf16_params" and engine.deepspeed is None:
         checks.fault(
             "train.precision",
-            f"{checks.got('train.precision')} needs engine.deepspeed, which keeps the fp32 masters; else use bf16",
+            f"{checks.value('train.precision')} needs engine.deepspeed, which keeps the fp32 masters; else use bf16",
             "engine.deepspeed",
         )
     origin = checks.values.origins.get(("train", "precision"))
     if precision in checks.values.off and getattr(origin, "kind", "") != "set":
         checks.fault(
             "train.precision",
-            f"{checks.got('train.precision')} is switched off by {checks.values.off[precision]}; keep one",
+            f"{checks.value('train.precision')} is switched off by {checks.values.off[precision]}; keep one",
         )
 
 
@@ -202,7 +206,7 @@ def _task(checks: _Checks) -> None:
         if task.doc_stride >= checks.config.train.max_length:
             checks.fault(
                 "task.doc_stride",
-                f"{checks.got('task.doc_stride')} must be below {checks.got('train.max_length')}, "
+                f"{checks.value('task.doc_stride')} must be below {checks.got('train.max_length')}, "
                 f"or text between two windows is lost",
                 "train.max_length",
             )
@@ -235,13 +239,13 @@ def _table(checks: _Checks) -> None:
         if task.problem_type == "regression":
             checks.fault("task.labels", "names of classes for a regression (task.problem_type); remove one", "task.problem_type")
         if len(set(task.labels)) < len(task.labels):
-            checks.fault("task.labels", f"{checks.got('task.labels')} names a class twice")
+            checks.fault("task.labels", f"{checks.value('task.labels')} names a class twice")
     if task.text_columns is not None:
         if len(set(task.text_columns)) < len(task.text_columns):
-            checks.fault("task.text_columns", f"{checks.got('task.text_columns')} names a column twice")
+            checks.fault("task.text_columns", f"{checks.value('task.text_columns')} names a column twice")
         if task.label_column in task.text_columns:
             checks.fault(
                 "task.label_column",
-                f"{checks.got('task.label_column')} is one of task.text_columns",
+                f"{checks.value('task.label_column')} is one of task.text_columns",
                 "task.text_columns",
             )

@@ -26,7 +26,10 @@ from progscale.errors import ConfigError, Fault
 
 # The lowest layer of a run that names neither a model nor a task: what suits the demo's tiny, randomly initialised
 # encoder, which has 64 positions and nothing to forget.
-DEMO_DEFAULTS: dict[str, dict[str, Any]] = {"optimizer": {"lr": 1e-3}, "train": {"max_length": 64}}
+DEMO_DEFAULTS: dict[str, dict[str, Any]] = {
+    "optimizer": {"lr": 5e-4, "warmup_fraction": 0.1},
+    "train": {"max_length": 64},
+}
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,8 @@ def _demo_defaults(merged: _Merged) -> None:
     if merged.get(("model", "name")) is not None or merged.get(("task", "name")) not in (None, "demo"):
         return
     for path, value in _leaves(DEMO_DEFAULTS, ()):
-        if path not in merged.origins:
+        # The user may have chosen the other form of the warm-up.
+        if path not in merged.origins and not (path[-1] == "warmup_fraction" and ("optimizer", "warmup_steps") in merged.origins):
             merged.put(path, value, _Origin("the demo's defaults", "file"))
 
 

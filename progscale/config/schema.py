@@ -89,7 +89,7 @@ class Task(Section):
     max_train_examples: Count | None = Field(default=None, description="use at most so many training examples")
     max_eval_examples: Count | None = Field(default=None, description="use at most so many examples of an evaluation split")
     metric: Text | None = Field(default=None, description="metric that decides which model is best; null: the task's own")
-    doc_stride: Count = Field(default=128, description="squad: tokens between the starts of two windows of a long context")
+    doc_stride: Count = Field(default=128, description="squad: tokens that two windows of a long context share")
     n_best: Count = Field(default=20, description="squad: candidate answers kept of each window")
     max_answer_length: Count = Field(default=30, description="squad: longest answer, in tokens")
     no_answer_threshold: float | Literal["auto"] = Field(
@@ -131,7 +131,7 @@ class Optimizer(Section):
     """The optimizer and its learning-rate curve, a closed form of the optimizer step."""
 
     name: Text = Field(default="adamw", description="registered optimizer")
-    lr: float = Field(default=2e-5, gt=0, le=100, description="learning rate after warm-up (the demo alone: 1e-3)")
+    lr: float = Field(default=2e-5, gt=0, le=100, description="learning rate after warm-up (the demo alone: 5e-4)")
     weight_decay: float = Field(default=0.01, ge=0, le=100, description="decoupled weight decay")
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = Field(
         default=[0.9, 0.999], description="decay rates of Adam's two moments"

@@ -10,7 +10,7 @@ import contextlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -28,9 +28,17 @@ LossFunction = Callable[[Any, Mapping[str, torch.Tensor]], torch.Tensor]
 class MicroBatch(Protocol):
     """What one rank runs at once: `inputs` and `labels` by name, and a weight of 0 for a mere filler."""
 
-    inputs: dict[str, torch.Tensor]
-    labels: dict[str, torch.Tensor]
-    weight: float
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """Of the model."""
+
+    @property
+    def labels(self) -> dict[str, torch.Tensor]:
+        """Of the loss."""
+
+    @property
+    def weight(self) -> float:
+        """1, or 0 for a filler."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,7 @@ class EngineSettings:
     """
 
     precision: Precision = "fp32"
-    optimizer: AdamW = AdamW()
+    optimizer: AdamW = field(default_factory=AdamW)
     max_grad_norm: float | None = 1.0
     micro_batch_size: int = 1
 
@@ -166,11 +174,8 @@ class Engine(ABC):
             assert pairs is not None
             for source, target in pairs:
                 move_shard(source, target)
-                self._state_changed(target)
             return "shards" if pairs else "none"
         redistribute(old, new, device=self.device, distributed=self.world_size > 1)
-        for shard in new:
-            self._state_changed(shard)
         return "slices"
 
     # -- a step ---------------------------------------------------------------------------------------------------
@@ -332,9 +337,6 @@ class Engine(ABC):
 
     def _local_state_bytes(self) -> int:
         return sum(shard.state_bytes() for shard in self.shards())
-
-    def _state_changed(self, shard: Shard) -> None:
-        """Called after a shard's state was written from outside."""
 
     def _scaler_state(self) -> dict[str, Any] | None:
         return None

@@ -10,12 +10,15 @@ import contextlib
 import copy
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 from progscale.engine.base import Engine, EngineSettings
 from progscale.engine.state import Piece, Shard
+from progscale.errors import UserError
 from progscale.optim import StageBuild
 
 # What DeepSpeed leaves on parameters and modules when an engine is destroyed, and what then keeps the whole engine alive
@@ -36,9 +39,7 @@ class DeepSpeedEngine(Engine):
 
     partitions_state = True
 
-    def __init__(
-        self, module: torch.nn.Module, settings: EngineSettings, accelerator: Any, deepspeed: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, module: torch.nn.Module, settings: EngineSettings, accelerator: Any, deepspeed: Mapping[str, Any]) -> None:
         super().__init__(module, settings, accelerator)
         self.deepspeed = dict(deepspeed)
         zero = self.deepspeed["zero_optimization"]
@@ -47,6 +48,12 @@ class DeepSpeedEngine(Engine):
         self.name = f"zero{self.zero_stage}" + ("-offload" if self.offloads else "")
         self.scales_loss = settings.precision == "fp16"
         self._engine: Any = None
+        check_release(
+            version("deepspeed"),
+            self.zero_stage,
+            on_cpu=self.device.type == "cpu",
+            checkpointing=bool(getattr(module, "is_gradient_checkpointing", False)),
+        )
 
     # -- stages ---------------------------------------------------------------------------------------------------
 
@@ -77,6 +84,8 @@ class DeepSpeedEngine(Engine):
         for child in self.module.modules():
             for attribute in _MODULE_LEFTOVERS:
                 child.__dict__.pop(attribute, None)
+        if self.zero_stage == 3:
+            forget_globals(self.module)
         # Accelerate would destroy the engine once more.
         self.accelerator.deepspeed_engine_wrapped = None
         del engine
@@ -154,7 +163,19 @@ class DeepSpeedEngine(Engine):
         for group in self._zero().param_groups:
             group["lr"] = learning_rate
         self._engine.step()
+        self._clear_gradients()
         return bool(self._engine.was_step_applied())
+
+    def _clear_gradients(self) -> None:
+        """A live parameter that gets no gradient in the next step must not meet this step's (ZeRO-3, and offload)."""
+        zero = self._zero()
+        if self.zero_stage == 3:
+            zero.grad_partitions_flat_buffer.zero_()
+        if self.offloads:
+            flats = zero.fp32_partitioned_groups_flat if self.zero_stage == 3 else zero.single_partition_of_fp32_groups
+            for flat in flats:
+                if flat.grad is not None:
+                    flat.grad.zero_()
 
     # -- state ----------------------------------------------------------------------------------------------------
 
@@ -201,7 +222,7 @@ class DeepSpeedEngine(Engine):
         return masters + super()._local_state_bytes()
 
     def _local_tensor(self, name: str) -> torch.Tensor:
-        parameter = self.parameters[name]
+        parameter: Any = self.parameters[name]
         held = parameter.ds_tensor if self.zero_stage == 3 else parameter
         return held.detach()
 
@@ -224,6 +245,38 @@ class DeepSpeedEngine(Engine):
         vars(self._zero().loss_scaler).update(state)
 
 
+def forget_globals(module: torch.nn.Module) -> None:
+    """Module-level state of DeepSpeed that grows with each ZeRO-3 engine and keeps coordinator and model alive."""
+    from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
+
+    # Every ZeRO-3 engine leaves its root module at the bottom of this stack.
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [entry for entry in stack if entry is not module]
+    # An lru_cache on a method: its keys hold the coordinator and all modules.
+    coordinator = partitioned_param_coordinator.PartitionedParameterCoordinator
+    cached = vars(coordinator)["_PartitionedParameterCoordinator__params_to_release"]
+    for candidate in (cached, *(cell.cell_contents for cell in cached.__closure__ or ())):
+        if hasattr(candidate, "cache_clear"):
+            candidate.cache_clear()
+
+
+def check_release(release: str, zero_stage: int, *, on_cpu: bool, checkpointing: bool) -> None:
+    """Refuses DeepSpeed releases in which a combination was measured to be wrong (docs/deepspeed.md).
+
+    Raises:
+        UserError: naming the first good release.
+    """
+    needed, why = "0.19.0", "accumulates gradients wrongly under ZeRO-2 when the caller sets the boundary"
+    if zero_stage == 3 and on_cpu:
+        needed, why = "0.19.8", "does not wait for all gathered parameters under ZeRO-3 over gloo"
+    elif zero_stage == 3 and checkpointing:
+        needed, why = "0.19.3", "fails under ZeRO-3 with non-reentrant gradient checkpointing and frozen parameters"
+    if Version(release) < Version(needed):
+        raise UserError(
+            f"engine.deepspeed: DeepSpeed {release} {why}; upgrade to {needed} or later (pip install 'deepspeed>={needed}')"
+        )
+
+
 def _offsets(zero: Any, group: int, parameters: Sequence[torch.Tensor]) -> list[int]:
     """Where each parameter begins in the group's flat buffer; newer releases may pad between them."""
     if hasattr(zero, "round_robin_bit16_offsets"):
@@ -241,9 +294,7 @@ def hidden_size(module: torch.nn.Module) -> int:
     return int(getattr(config, "hidden_size", None) or getattr(config, "dim", None) or 1024)
 
 
-def stage_config(
-    deepspeed: Mapping[str, Any], settings: EngineSettings, world_size: int, hidden: int
-) -> dict[str, Any]:
+def stage_config(deepspeed: Mapping[str, Any], settings: EngineSettings, world_size: int, hidden: int) -> dict[str, Any]:
     """A stage's whole DeepSpeed config: the user's literal keys, ours, and "auto" values filled."""
     config = copy.deepcopy(dict(deepspeed))
     config.update(
@@ -264,7 +315,8 @@ def stage_config(
     else:
         config["fp16"] = {"enabled": False}
     if settings.precision == "bf16":
-        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        # The empty list keeps gradients and their communication in fp32; an autocast around the engine is turned off on a GPU.
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     zero = config["zero_optimization"]
     for key, value in {
         "reduce_bucket_size": hidden * hidden,

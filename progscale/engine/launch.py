@@ -61,13 +61,14 @@ def make_accelerator(*, deepspeed: Mapping[str, Any] | None, timeout_seconds: in
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     on_gpu = torch.cuda.is_available()
     if deepspeed is not None and not on_gpu:
+        # Otherwise DeepSpeed looks for every accelerator it knows, and warns that there is none.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         find_compiler()
     from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 
     plugin = None
     if deepspeed is not None:
         set_single_process_environment()
-        # Models are loaded by ourselves, also under ZeRO-3; transformers must not partition behind our back.
         plugin = DeepSpeedPlugin(hf_ds_config=_accelerate_config(deepspeed), zero3_init_flag=False)
     process_group = InitProcessGroupKwargs(
         # Without the name Accelerate's state sees one process under DeepSpeed on a machine with no GPU; with it, a plain
@@ -75,9 +76,16 @@ def make_accelerator(*, deepspeed: Mapping[str, Any] | None, timeout_seconds: in
         backend="gloo" if not on_gpu and "RANK" in os.environ else None,
         timeout=datetime.timedelta(seconds=timeout_seconds),
     )
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision="no", cpu=not on_gpu and plugin is None, deepspeed_plugin=plugin, kwargs_handlers=[process_group]
     )
+    if plugin is not None:
+        from transformers.integrations import unset_hf_deepspeed_config
+
+        # Accelerate tells transformers of ZeRO-3 whatever `zero3_init_flag` says, and transformers then partitions each
+        # model as it is built, random weights included. Models are loaded and partitioned by ourselves.
+        unset_hf_deepspeed_config()
+    return accelerator
 
 
 def check_precision(precision: str, device: torch.device, deepspeed: bool) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from progscale.blocks import partition
 from progscale.engine import ranks
 from progscale.errors import ModelError
 from progscale.models.family import Family, ModelRequest
@@ -38,10 +39,10 @@ def load_module(
     if stage != 3 or own_way:
         return load_model(request, family)
     assert deepspeed is not None
-    return load_partitioned(request, deepspeed, dtype)
+    return load_partitioned(request, family, deepspeed, dtype)
 
 
-def load_partitioned(request: ModelRequest, deepspeed: Mapping[str, Any], dtype: torch.dtype) -> torch.nn.Module:
+def load_partitioned(request: ModelRequest, family: Family, deepspeed: Mapping[str, Any], dtype: torch.dtype) -> torch.nn.Module:
     """Builds the model without memory, then fills and partitions it module by module. A collective.
 
     The peak on a rank is its partition and the largest single module.
@@ -53,9 +54,9 @@ def load_partitioned(request: ModelRequest, deepspeed: Mapping[str, Any], dtype:
         module: torch.nn.Module = auto_class(request, config).from_config(
             config, dtype=torch.float32, trust_remote_code=request.trust_remote_code
         )
-    module.tie_weights()
+    tie_weights(module)
     sources = _sources(module, checkpoint_files(request.name, request.revision))
-    missing = _missing(module, sources, request)
+    missing = _missing(module, family, sources, request)
     with zero_init(deepspeed, dtype) as partition_parameters:
         for name, child in module.named_modules():
             own = [key for key, parameter in child._parameters.items() if parameter is not None and parameter.is_meta]
@@ -64,9 +65,14 @@ def load_partitioned(request: ModelRequest, deepspeed: Mapping[str, Any], dtype:
             _fill(module, child, [f"{name}.{key}" if name else key for key in own], sources, missing)
             partition_parameters(child)
     # Tied names still point at the empty tensor that was there before.
-    module.tie_weights()
+    tie_weights(module)
     module.eval()
     return module
+
+
+def tie_weights(module: Any) -> None:
+    """Makes tied names share their tensor again, as transformers models do it."""
+    module.tie_weights()
 
 
 def _sources(module: torch.nn.Module, files: list[Path]) -> dict[str, tuple[Path, str]]:
@@ -80,7 +86,7 @@ def _sources(module: torch.nn.Module, files: list[Path]) -> dict[str, tuple[Path
     return {target: (keys[key], key) for key, target in checkpoint_names(module, keys).items()}
 
 
-def _missing(module: torch.nn.Module, sources: dict[str, tuple[Path, str]], request: ModelRequest) -> set[str]:
+def _missing(module: torch.nn.Module, family: Family, sources: dict[str, tuple[Path, str]], request: ModelRequest) -> set[str]:
     """Parameters that get fresh weights: those of the head that the checkpoint lacks, or has in another shape.
 
     Raises:
@@ -88,7 +94,7 @@ def _missing(module: torch.nn.Module, sources: dict[str, tuple[Path, str]], requ
     """
     from safetensors import safe_open
 
-    prefix = str(getattr(module, "base_model_prefix", "")) + "."
+    parts = partition(module, family)
     missing = set()
     for name, parameter in module.named_parameters():
         shape = None
@@ -98,16 +104,16 @@ def _missing(module: torch.nn.Module, sources: dict[str, tuple[Path, str]], requ
                 shape = tuple(file.get_slice(key).get_shape())
         if shape == tuple(parameter.shape):
             continue
-        if name.startswith(prefix) and ".pooler." not in name:
+        if parts.parameters[name].part != "head":
             what = "is missing in" if shape is None else f"has shape {shape} instead of {tuple(parameter.shape)} in"
-            raise ModelError(f"model '{request.name}': '{name}' {what} its weights; is this a checkpoint of the model in config.json?")
+            raise ModelError(
+                f"model '{request.name}': '{name}' {what} its weights; is this a checkpoint of the model in config.json?"
+            )
         missing.add(name)
     return missing
 
 
-def _fill(
-    module: Any, child: torch.nn.Module, names: list[str], sources: dict[str, tuple[Path, str]], missing: set[str]
-) -> None:
+def _fill(module: Any, child: torch.nn.Module, names: list[str], sources: dict[str, tuple[Path, str]], missing: set[str]) -> None:
     """Gives the parameters that stand in `child` itself their weights, whole, on the CPU."""
     from safetensors import safe_open
 
@@ -138,9 +144,7 @@ def zero_init(deepspeed: Mapping[str, Any], dtype: torch.dtype) -> Iterator[Any]
 
     config = {**deepspeed, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": dtype == torch.bfloat16}}
     config["fp16"] = {"enabled": dtype == torch.float16}
-    config["zero_optimization"] = {
-        key: value for key, value in deepspeed["zero_optimization"].items() if value != "auto"
-    }
+    config["zero_optimization"] = {key: value for key, value in deepspeed["zero_optimization"].items() if value != "auto"}
     # `zero.Init` partitions all parameters of the module that it is given; the others are partitioned already or empty.
     init = ds.zero.Init(config_dict_or_path=config, dtype=dtype, enabled=True)
 

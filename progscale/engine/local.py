@@ -99,4 +99,3 @@ class LocalEngine(Engine):
         """Whole parameters on the CPU of the main process."""
         for name in self.parameters if names is None else names:
             yield name, self.parameters[name].detach().cpu() if self.is_main else None
-

@@ -22,9 +22,13 @@ class Method(Protocol):
     name: str
     trains_embeddings: bool
 
-    def prepare(self, model: torch.nn.Module) -> torch.nn.Module: ...
+    def prepare(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The model to train; it may be `model` itself, changed or not."""
+        ...
 
-    def tensors(self, partition: Partition) -> frozenset[str]: ...
+    def tensors(self, partition: Partition) -> frozenset[str]:
+        """Names of the parameters that the method trains at most."""
+        ...
 
 
 METHODS: Registry[type[Method]] = Registry("method", "progscale.methods", package="progscale.methods")

@@ -120,10 +120,11 @@ def read_tsv_header(path: Path) -> list[str]:
     """
     try:
         with path.open("rb") as file:
-            first = file.readline()
-        return first.decode("utf-8").removeprefix("\ufeff").rstrip("\r\n").split("\t")
+            first = file.readline().decode("utf-8").removeprefix("\ufeff").rstrip("\r\n")
     except (OSError, UnicodeDecodeError):
-        return read_text(path).split("\n")[0].split("\t")  # says what is wrong
+        first = ""
+    # Reading it all says what is wrong with a file that has no first line.
+    return (first or read_text(path).split("\n")[0]).split("\t")
 
 
 def read_tsv(path: Path, header: list[str] | None = None, *, skip_broken: bool = False) -> Table:

@@ -62,6 +62,15 @@ def numbers_of(table: Table, column: str) -> np.ndarray:
     return result
 
 
+def has_fractions(table: Table, column: str) -> bool:
+    """Whether all labels are numbers and some have a decimal fraction; 1.0 has none and may stand for a class."""
+    values = table.columns.get(column, [])
+    if table.textual:
+        values = [float(value) if _DECIMAL.fullmatch(value.strip()) else value for value in values]
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    return numbers and any(isinstance(value, float) and not value.is_integer() for value in values)
+
+
 def _as_float(value: Any) -> float:
     try:
         return float(value)

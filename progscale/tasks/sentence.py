@@ -171,7 +171,8 @@ class SentenceTask:
             # Ranking metrics ask for the score of the positive class under another name.
             optional = {"prediction_scores": outputs[:, -1].tolist()}
             scores.update(own_scores(self._own_metric, self.primary_metric, inputs, optional))
-        suffix = name.removeprefix("validation").removeprefix("_matched")
+        second = name.removeprefix("validation_") if name.startswith("validation_") else "matched"
+        suffix = "" if second == "matched" else f"_{second}"
         return {f"{metric}{suffix}": value for metric, value in scores.items()}
 
 

@@ -12,7 +12,7 @@ from progscale.errors import DataError
 from progscale.tasks.base import register
 from progscale.tasks.files import Table, find_file, read_file
 from progscale.tasks.hub import is_disk_folder, load_disk, load_hub, pick_split
-from progscale.tasks.labels import class_ids, find_classes, numbers_of, texts_of
+from progscale.tasks.labels import class_ids, find_classes, has_fractions, numbers_of, texts_of
 from progscale.tasks.sentence import Examples, SentenceTask
 
 ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".csv.gz", ".tsv.gz", ".json.gz", ".jsonl.gz")
@@ -24,8 +24,9 @@ log = logging.getLogger("progscale.data")
 
 @register("table")
 class TableTask(SentenceTask):
-    """Classification (the default) or regression over one or two text columns.
+    """Classification or regression over one or two text columns.
 
+    Where `problem_type` does not say which, labels with a decimal fraction make it a regression.
     The files are read when the task is built, because the labels decide the head. Where they come from:
     `train_file` and `validation_file` (relative to `path`, if that is given); or `path`: one file, a folder of
     `datasets.save_to_disk`, or a folder with train.* and validation.* (dev.*) in it; or `hub`. Without validation
@@ -40,9 +41,15 @@ class TableTask(SentenceTask):
     """
 
     def __init__(self, config: Any, *, seed: int = 0) -> None:
-        kind = getattr(config, "problem_type", None) or "classification"
-        if kind not in ("classification", "regression"):
+        self.config = config
+        kind = self.config_value("problem_type")
+        if kind not in ("classification", "regression", None):
             raise DataError(f"task.problem_type: '{kind}' is not one of classification, regression")
+        self._tables = self._find_tables()
+        label = self.config_value("label_column", "label")
+        if kind is None and not self.config_value("labels") and has_fractions(self._tables[0], label):
+            kind = "regression"
+            log.info("the labels '%s' have decimal fractions: task.problem_type is taken as regression", label)
         self._regression = kind == "regression"
         self.metric_names = ("pearson", "spearman", "mse", "mae") if self._regression else ("accuracy", "f1")
         super().__init__("table", config, seed=seed)
@@ -53,7 +60,7 @@ class TableTask(SentenceTask):
         return self._read
 
     def _load(self) -> dict[str, Examples]:
-        train, validation = self._tables()
+        train, validation = self._tables
         names: list[str] | None = self.config_value("labels")
         names = [str(name) for name in names] if names else None
         columns = self._text_columns(train)
@@ -102,7 +109,7 @@ class TableTask(SentenceTask):
             labels = class_ids(table, label, self.label_names, names)
         return Examples(texts[0], texts[1] if len(texts) == 2 else None, labels, table.name)
 
-    def _tables(self) -> tuple[Table, Table | None]:
+    def _find_tables(self) -> tuple[Table, Table | None]:
         """The training and, where there is one, the validation table."""
         path, hub = self.config_value("path"), self.config_value("hub")
         train_file, validation_file = self.config_value("train_file"), self.config_value("validation_file")

@@ -113,9 +113,7 @@ def test_a_forced_switch_changes_nothing(two_ranks: TwoRanks, engine: str) -> No
 @pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
 def test_requires_grad_alone_freezes_nothing(two_ranks: TwoRanks, engine: str) -> None:
     """The audit catches a switch that only sets requires_grad, which is what ZeRO makes of it everywhere else."""
-    outcome = two_ranks.run(
-        "tests.harness.cases:run", engine=engine, stages=STAGES, steps=STEPS, blocks=BLOCKS, toggle=True
-    )[0]
+    outcome = two_ranks.run("tests.harness.cases:run", engine=engine, stages=STAGES, steps=STEPS, blocks=BLOCKS, toggle=True)[0]
     assert outcome.frozen_changed[0] == []
     assert outcome.frozen_changed[1], "frozen tensors moved unseen"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,7 +78,7 @@ def share(step: int, rows: int, vocabulary: int, rank: int, world_size: int, mic
     """This rank's micro-batches of a global batch; a rank with fewer rows gets fillers of weight 0."""
     tokens, labels = global_batch(step, rows, vocabulary)
     mine = torch.arange(rank, rows, world_size)
-    count = -(-(-(-rows // world_size)) // micro)
+    count = math.ceil(math.ceil(rows / world_size) / micro)
     batches = []
     for index in range(count):
         chosen = mine[index * micro : (index + 1) * micro]
@@ -209,9 +210,7 @@ def run(
         names = made.gather_objects([piece.name for shard in made.shards() for piece in shard.pieces])
         outcome.state_names.append(sorted({name for part in names for name in part}))
         outcome.live_names.append(live)
-    outcome.parameters = {
-        name: value.clone() for name, value in made.full_parameters() if value is not None
-    }
+    outcome.parameters = {name: value.clone() for name, value in made.full_parameters() if value is not None}
     made.close()
     del made
     gc.collect()

@@ -13,9 +13,7 @@ def all_pairs(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     Greedy: each case begins with a pair that is still missing and takes, factor by factor, the value that covers most.
     """
     names = list(factors)
-    missing = {
-        ((a, va), (b, vb)) for a, b in combinations(names, 2) for va, vb in product(factors[a], factors[b])
-    }
+    missing = {((a, va), (b, vb)) for a, b in combinations(names, 2) for va, vb in product(factors[a], factors[b])}
     cases = []
     order = {((a, va), (b, vb)): i for i, ((a, va), (b, vb)) in enumerate(sorted(missing, key=str))}
     while missing:

@@ -128,9 +128,9 @@ def test_two_stacks() -> None:
     parts = partition(Two(), family)
     assert parts.num_blocks == {"encoder": 2, "decoder": 3}
     assert parts.block_names("decoder", 2) == ("decoder.2.weight", "decoder.2.bias")
-    with pytest.raises(IndexError, match="block 3 of stack 'decoder', which has 3"):
+    with pytest.raises(IndexError, match=r"block 3 of stack 'decoder', which has 3"):
         parts.block_names("decoder", 3)
-    with pytest.raises(KeyError, match="third"):
+    with pytest.raises(KeyError, match=r"third"):
         parts.block_names("third", 0)
 
 
@@ -165,16 +165,16 @@ def test_mistakes_of_a_family_are_named(change: dict[str, object], message: str)
 def test_shared_blocks_are_refused() -> None:
     model = Own()
     model.layers = nn.ModuleList([nn.Linear(4, 4)] * 3)
-    with pytest.raises(ModelError, match="holds one module several times.*freezing one freezes all"):
+    with pytest.raises(ModelError, match=r"holds one module several times.*freezing one freezes all"):
         partition(model, OWN)
 
 
 def test_tensors_shared_between_blocks_or_with_the_head_are_refused() -> None:
     model = Own()
     model.layers[2].weight = model.layers[0].weight
-    with pytest.raises(ModelError, match="one tensor but lie in block 0 of 'blocks' and block 2 of 'blocks'"):
+    with pytest.raises(ModelError, match=r"one tensor but lie in block 0 of 'blocks' and block 2 of 'blocks'"):
         partition(model, OWN)
     model = Own()
     model.norm.bias = model.layers[1].bias
-    with pytest.raises(ModelError, match="one tensor but lie in block 1 of 'blocks' and the head"):
+    with pytest.raises(ModelError, match=r"one tensor but lie in block 1 of 'blocks' and the head"):
         partition(model, OWN)

@@ -35,6 +35,7 @@ def make_split(lengths: list[int]) -> Tokenized:
     return Tokenized(columns, np.asarray(lengths), {"labels": np.arange(len(lengths))})
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 40), st.integers(0, 5), st.integers(0, 5), st.booleans())
 def test_global_batches_hold_each_row_once(lengths: list[int], size: int, seed: int, epoch: int, group: bool) -> None:
     batches = global_batches(lengths, size, seed=seed, epoch=epoch, group_by_length=group)
@@ -71,6 +72,7 @@ def test_the_short_batch_is_no_sample_of_short_rows() -> None:
     assert 400 < np.mean(means) < 600
 
 
+@settings(deadline=None)
 @given(
     LENGTHS,
     st.integers(1, 5),
@@ -124,7 +126,7 @@ def loader(split: Tokenized, **changes: Any) -> TrainLoader:
     return TrainLoader(split, PAD, **{"global_batch_size": 8, "micro_batch_size": 3, "seed": 4, **changes})
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=8, max_size=60), st.integers(1, 4), st.sampled_from([None, 40]))
 def test_ranks_together_run_the_global_batch(lengths: list[int], world: int, budget: int | None) -> None:
     split = make_split(lengths)
@@ -187,6 +189,7 @@ def test_fewer_rows_than_a_global_batch() -> None:
         loader(make_split([1] * 5))
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=60), st.integers(1, 5), st.integers(1, 9))
 def test_eval_batches_deal_each_row_once(lengths: list[int], world: int, size: int) -> None:
     split = make_split(lengths)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -40,7 +41,7 @@ def test_progtuning_shrinks_from_all_blocks_to_a_non_empty_last_stage(blocks: in
     assert len(found) == stages
     assert found[0] == list(range(blocks))
     assert found[-1]
-    assert all(set(later) <= set(earlier) for earlier, later in zip(found, found[1:], strict=False))
+    assert all(set(later) <= set(earlier) for earlier, later in itertools.pairwise(found))
     # A block's lowest stage puts every block in exactly one part.
     parts = [set(a) - set(b) for a, b in zip(found, [*found[1:], []], strict=True)]
     assert sorted(block for part in parts for block in part) == list(range(blocks))
@@ -69,7 +70,7 @@ def test_weighted_stages_start_whole_and_shrink(weights: list[float], stages: in
     found = live("weighted", len(weights), stages, block_weights=weights)
     assert found[0] == list(range(len(weights)))
     assert found[-1]
-    assert all(set(later) <= set(earlier) for earlier, later in zip(found, found[1:], strict=False))
+    assert all(set(later) <= set(earlier) for earlier, later in itertools.pairwise(found))
 
 
 def test_weighted_reads_decimals_as_they_are_written() -> None:
@@ -105,7 +106,7 @@ def test_stages_cover_all_steps_and_are_plain_data(name: str, blocks: int, stage
     assert [stage.index for stage in built] == list(range(1, stages + 1))
     assert built[0].start_step == 0
     assert built[-1].end_step == 200
-    assert all(a.end_step == b.start_step for a, b in zip(built, built[1:], strict=False))
+    assert all(a.end_step == b.start_step for a, b in itertools.pairwise(built))
     assert sum(stage.steps for stage in built) == 200
     for step in (0, 99, 199):
         stage = stage_at(built, step)
@@ -121,7 +122,7 @@ def test_stages_cover_all_steps_and_are_plain_data(name: str, blocks: int, stage
 
 def test_stage_at_refuses_steps_outside_the_run() -> None:
     built = build_stages("none", num_blocks={"blocks": 2}, stages=1, total_steps=3)
-    with pytest.raises(ValueError, match="step 4 is outside the run of 3 steps"):
+    with pytest.raises(ValueError, match=r"step 4 is outside the run of 3 steps"):
         stage_at(built, 4)
 
 
@@ -164,7 +165,7 @@ def test_mistakes_are_named(name: str, stages: int, options: dict[str, object], 
 
 
 def test_unknown_schedule_lists_the_known() -> None:
-    with pytest.raises(RegistryError, match="no schedule 'progtunning'.*did you mean 'progtuning'"):
+    with pytest.raises(RegistryError, match=r"no schedule 'progtunning'.*did you mean 'progtuning'"):
         build_stages("progtunning", num_blocks={"blocks": 4}, stages=2, total_steps=10)
 
 

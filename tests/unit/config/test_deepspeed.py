@@ -174,7 +174,7 @@ REFUSED = [
     (changed(gradient_clipping="1"), r"train\.max_grad_norm: \"1\" \(from gradient_clipping in a mapping\)"),
     (
         changed(train_batch_size=32, train_micro_batch_size_per_gpu=5, gradient_accumulation_steps=2),
-        r"global_batch_size = 32 \(from train_batch_size .*is not a multiple of train\.micro_batch_size = 5",
+        r"global_batch_size: 32 \(from train_batch_size .*is not a multiple of train\.micro_batch_size = 5",
     ),
     (changed(train_micro_batch_size_per_gpu=4), r"train\.global_batch_size: missing beside train\.micro_batch_size = 4"),
     (

@@ -3,14 +3,15 @@
 import copy
 import json
 import math
-import typing
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from pydantic.fields import FieldInfo
 
 from progscale.config import Config, describe_schema, dump_config, format_set, load_config, parse_set
+from progscale.config.kinds import accepts
 from progscale.config.schema import SECTIONS
 from progscale.errors import ConfigError
 
@@ -92,35 +93,22 @@ def trees(draw: st.DrawFn) -> dict[str, Any]:
     return tree
 
 
-def bounds(field: Any) -> tuple[list[Any], list[Any]]:
+def spoilt_values(field: FieldInfo) -> list[Any]:
     """Values of a wrong type, and values just outside the range, told from the schema."""
-    wrong_type: list[Any] = [{"x": 1}, [[]]]
-    outside: list[Any] = []
-    annotation = field.annotation
-    parts = get_args(annotation) if get_origin(annotation) is not Literal and get_origin(annotation) is not list else [annotation]
-    parts = [get_args(part)[0] if get_origin(part) is typing.Annotated else part for part in (parts or [annotation])]
-    kinds = {get_origin(part) or part for part in parts}
-    if dict in kinds:
-        return [3, "x", [1]], []
-    if list not in kinds:
-        wrong_type.append([1])
-    if not kinds & {str, Literal}:
-        wrong_type.append("three")
-    if not kinds & {bool}:
-        wrong_type.append(True)
-    if not kinds & {int, float}:
-        wrong_type.append(2.5)
-    if int in kinds and float not in kinds:
-        wrong_type.extend([2.5, "1"])
-    if type(None) not in kinds:
-        wrong_type.append(None)
-    if Literal in kinds:
-        outside.append("no such choice")
+    kinds = set(accepts(field))
+    found: list[Any] = [math.nan, math.inf, [[]]]
+    found += [] if "object" in kinds else [{"x": 1}, {}]
+    found += [] if "list" in kinds else [[1], []]
+    found += [] if "string" in kinds else ["three", "1", ""]
+    found += [] if "true or false" in kinds else [True]
+    found += [] if "number" in kinds else [2.5]
+    found += [] if kinds & {"number", "whole number"} else [3]
+    found += [] if "null" in kinds else [None]
     for rule in field.metadata:
-        for name, value in (("ge", -1), ("gt", 0), ("le", 1), ("lt", 0)):
+        for name, step in (("ge", -1), ("gt", 0), ("le", 1), ("lt", 0)):
             if hasattr(rule, name):
-                outside.append(getattr(rule, name) + value)
-    return wrong_type, outside
+                found.append(getattr(rule, name) + step)
+    return found
 
 
 LEAVES = [f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields]
@@ -156,9 +144,7 @@ def test_round_trip(tree: dict[str, Any]) -> None:
 @given(trees(), st.sampled_from(LEAVES), st.data())
 def test_a_spoilt_value_is_named(tree: dict[str, Any], key: str, data: st.DataObject) -> None:
     section, name = key.split(".")
-    wrong_type, outside = bounds(SECTIONS[section].model_fields[name])
-    value = data.draw(st.sampled_from([*wrong_type, *outside, math.nan, math.inf]))
-    tree.setdefault(section, {})[name] = value
+    tree.setdefault(section, {})[name] = data.draw(st.sampled_from(spoilt_values(SECTIONS[section].model_fields[name])))
     load_fails(tree, key)
 
 
