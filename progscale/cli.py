@@ -176,6 +176,7 @@ def run_train(options: argparse.Namespace) -> int:
 
 def run_plan(options: argparse.Namespace) -> int:
     """The command `plan`."""
+    quiet_libraries()
     if options.paper:
         from progscale.paper import paper_table, render_paper
 
@@ -185,7 +186,6 @@ def run_plan(options: argparse.Namespace) -> int:
     config = read_config(options, [f"{key}={json.dumps(value)}" for key, value in short.items() if value is not None])
     if config.model.name is None:
         raise ConfigError("plan: no model named; give --model NAME (e.g. bert-base-uncased), or --paper")
-    quiet_libraries()
     from progscale.plan import render_plan
 
     plan = plan_of(config, options)
@@ -235,7 +235,7 @@ def quiet_libraries() -> None:
     import warnings
 
     logging.basicConfig(level=logging.WARNING, format="progscale: %(message)s")
-    for name in ("DeepSpeed", "accelerate", "transformers", "torch.distributed"):
+    for name in ("DeepSpeed", "accelerate", "bitsandbytes", "peft", "transformers", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(torch|deepspeed|accelerate|transformers)\.")
 

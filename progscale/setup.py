@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +123,9 @@ def prepare(config: Config, permissions: Permissions = NO_PERMISSIONS, *, dry_ru
         micro_batch_size=rows_at_once,
     )
     engine = create_engine(module, settings, accelerator, deepspeed)
+    # What is here now stays to the end. Without this each switch would scan it all in search of the old engine's cycles.
+    gc.collect()
+    gc.freeze()
     return Session(
         config=config,
         task=task,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -52,7 +51,7 @@ class DeepSpeedEngine(Engine):
             version("deepspeed"),
             self.zero_stage,
             on_cpu=self.device.type == "cpu",
-            checkpointing=bool(getattr(module, "is_gradient_checkpointing", False)),
+            checkpointing=any(getattr(child, "gradient_checkpointing", False) for child in module.modules()),
         )
 
     # -- stages ---------------------------------------------------------------------------------------------------
@@ -89,8 +88,7 @@ class DeepSpeedEngine(Engine):
         # Accelerate would destroy the engine once more.
         self.accelerator.deepspeed_engine_wrapped = None
         del engine
-        self.accelerator.free_memory()
-        gc.collect()
+        self.accelerator.free_memory()  # also collects the engine's reference cycles
 
     # -- a step ---------------------------------------------------------------------------------------------------
 
@@ -319,7 +317,8 @@ def stage_config(deepspeed: Mapping[str, Any], settings: EngineSettings, world_s
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     zero = config["zero_optimization"]
     for key, value in {
-        "reduce_bucket_size": hidden * hidden,
+        # Below some millions of elements the latency of the collectives decides, not their bandwidth.
+        "reduce_bucket_size": max(hidden * hidden, 5_000_000),
         "stage3_prefetch_bucket_size": int(0.9 * hidden * hidden),
         "stage3_param_persistence_threshold": 10 * hidden,
     }.items():

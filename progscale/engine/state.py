@@ -205,7 +205,7 @@ def redistribute(old: Sequence[Shard], new: Sequence[Shard], *, device: torch.de
         everyone = [([], [])] * dist.get_world_size()
         dist.all_gather_object(everyone, (have, want))
     known = {header.name for headers, _ in everyone for header in headers}
-    if all(_covers(headers, wanted, known) for headers, wanted in everyone):
+    if not distributed or all(_covers(headers, wanted, known) for headers, wanted in everyone):
         for part in own:
             write_slice(new, part)
         return 0

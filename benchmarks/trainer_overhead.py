@@ -1,0 +1,259 @@
+"""How much of the machine progscale's loop leaves to the model: samples a second against a bare loop and transformers' Trainer.
+
+    python benchmarks/trainer_overhead.py                                       MiniLM on MRPC, bf16, 6 rounds of 20 steps
+    python benchmarks/trainer_overhead.py --model bert-base-uncased --random-weights --synthetic --steps 5
+
+All sides run in one process, in turns of --steps steps, so that a slow minute of the machine hits all of them:
+* progscale: `schedule none` on the plain engine, batches from its loader, seeding, meter and console of the real loop;
+* bare: a handwritten PyTorch loop over the same batches, collated beforehand; fused AdamW, clipping, autocast, same threads;
+* trainer: transformers' Trainer as it comes: its collator, random order, fused AdamW, logging.
+
+How to read it: `vs bare` is progscale's samples/s over the bare loop's by round, at least 0.97 wanted; `vs trainer` at least 1.0. The
+Trainer pads batches of random lengths, progscale groups like lengths; --trainer-sampling group_by_length takes that out. Only a
+quiet machine gives figures worth keeping: look at the spread first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import DATA, FOLDERS, fetch_encoder, machine, random_encoder, reset_accelerate, show_machine, show_table, write_json
+from plain_trainer import load
+from torch.utils.data import Dataset
+from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
+
+from progscale.blocks import partition
+from progscale.cli import quiet_libraries
+from progscale.config import Config
+from progscale.config.schema import Model, Run, Task
+from progscale.data import GlobalBatch, TrainLoader, pad_values
+from progscale.engine.base import Engine, EngineSettings
+from progscale.engine.launch import create_engine, make_accelerator, set_up_cpu
+from progscale.engine.loading import load_module
+from progscale.loop import seed_step
+from progscale.meters import MemoryMeter, StageMeter
+from progscale.methods import METHODS
+from progscale.models.loading import family_of, find_family
+from progscale.optim import AdamW, StageBuild, build_for
+from progscale.schedule import build_stages
+from progscale.tasks.base import Tokenized
+from progscale.tasks.demo import demo_tokenizer
+from progscale.tasks.ragged import Ragged
+from progscale.trackers import RunConsole
+
+LR, DECAY, CLIP = 2e-5, 0.01, 1.0
+
+
+class Examples(Dataset[dict[str, Any]]):
+    """A tokenised split as the Trainer's own collator wants it."""
+
+    def __init__(self, split: Tokenized) -> None:
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        inputs = {name: column[row].tolist() for name, column in self.split.columns.items()}
+        return {**inputs, "labels": int(self.split.labels["labels"][row])}
+
+
+class Progscale:
+    """The engine with what the loop does around each step."""
+
+    def __init__(self, engine: Engine, build: StageBuild, sizes: dict[str, int], total: int) -> None:
+        self.engine = engine
+        engine.begin_stage(build)
+        self.meter = StageMeter(engine, build, sizes, MemoryMeter(engine.device))
+        self.console = RunConsole(True)
+        self.console.begin(total)
+        self.meter.start()
+        self.step = 0
+
+    def run(self, batches: Iterator[GlobalBatch], steps: int) -> None:
+        for batch in itertools.islice(batches, steps):
+            seed_step(1, self.step, 0)
+            result = self.engine.train_step(batch.micro_batches, batch.size, row_loss, LR)
+            self.meter.step(batch.size, batch.tokens, result.applied)
+            self.console.step(self.step, 1, result.loss, LR)
+            self.step += 1
+
+
+class Bare:
+    """The loop that one writes by hand."""
+
+    def __init__(self, model: torch.nn.Module, precision: str) -> None:
+        self.model = model
+        self.precision = precision
+        decayed = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+        rest = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
+        groups = [{"params": decayed, "weight_decay": DECAY}, {"params": rest, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=LR, fused=True)
+
+    def run(self, batches: Sequence[GlobalBatch]) -> None:
+        for batch in batches:
+            for micro in batch.micro_batches:
+                with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
+                    outputs = self.model(**micro.inputs)
+                    loss = row_loss(outputs, micro.labels).sum() / batch.size
+                loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+
+class Turns(TrainerCallback):
+    """The Trainer is the clock: after each of its blocks the other sides have theirs."""
+
+    def __init__(self, steps: int, others: dict[str, Any]) -> None:
+        self.steps = steps
+        self.others = others
+        self.seconds: dict[str, list[float]] = {"trainer": [], **{name: [] for name in others}}
+        self.begun = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        self.begun = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        if state.global_step % self.steps:
+            return
+        self.seconds["trainer"].append(time.perf_counter() - self.begun)
+        rounds = len(self.seconds["trainer"])
+        # Who goes first changes, so that no side always meets the other's warm caches.
+        for name in list(self.others)[:: 1 if rounds % 2 else -1]:
+            self.seconds[name].append(self.others[name]())
+        self.begun = time.perf_counter()
+
+
+def row_loss(outputs: Any, labels: Any) -> torch.Tensor:
+    """Cross-entropy of each row."""
+    return torch.nn.functional.cross_entropy(outputs.logits.float(), labels["labels"], reduction="none")
+
+
+def synthetic(rows: int, longest: int, vocabulary: int) -> Tokenized:
+    """Random tokens with lengths about those of MRPC (mean 53)."""
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.normal(53, 13, rows).astype(np.int64), 12, longest)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = rng.integers(5, vocabulary, int(offsets[-1]))
+    columns = {"input_ids": Ragged(tokens, offsets), "token_type_ids": Ragged(np.zeros_like(tokens), offsets)}
+    return Tokenized(columns, lengths, {"labels": rng.integers(0, 2, rows)})
+
+
+def prepare(options: argparse.Namespace) -> tuple[torch.nn.Module, Any, Tokenized]:
+    """Model, tokenizer (for padding) and training split."""
+    data = options.data / FOLDERS["mrpc"]
+    if options.random_weights or options.synthetic or not data.is_dir():
+        request = random_encoder(options.model or "bert-base-uncased")
+        torch.manual_seed(0)
+        model = load_module(request, find_family(request, None), None)
+        split = synthetic(4096, options.max_length, model.config.vocab_size)
+        return model, demo_tokenizer(), split
+    config = Config(
+        run=Run(seed=1), model=Model(name=options.model or str(fetch_encoder())), task=Task(name="mrpc", path=str(data))
+    )
+    task, tokenizer, model = load(config)
+    return model, tokenizer, task.tokenize(tokenizer, options.max_length)["train"]
+
+
+def measure(options: argparse.Namespace) -> dict[str, list[float]]:
+    """Samples a second by round, for each side."""
+    threads = set_up_cpu(options.threads)
+    model, tokenizer, split = prepare(options)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(split)} rows, {threads} threads")
+    model.train()
+    size, steps = options.batch, options.steps
+    loader = TrainLoader(split, pad_values(tokenizer), global_batch_size=size, micro_batch_size=size, seed=1)
+    total = steps * (options.rounds + 1)
+    collated = list(itertools.islice(endless(loader), total))
+
+    parts = partition(model, family_of(model))
+    stages = build_stages("none", num_blocks=parts.num_blocks, stages=1, total_steps=total, embeddings="always", options={})
+    build = build_for(stages, parts, METHODS.get("full")(), weight_decay=DECAY)[0]
+    settings = EngineSettings(options.precision, AdamW(), CLIP, size)
+    engine = create_engine(copy.deepcopy(model), settings, make_accelerator(deepspeed=None), None)
+    sizes = {name: info.numel for name, info in parts.parameters.items()}
+    ours, bare = Progscale(engine, build, sizes, total), Bare(copy.deepcopy(model), options.precision)
+    batches, bare_batches = endless(loader), iter(collated)
+
+    def run_ours() -> float:
+        start = time.perf_counter()
+        ours.run(batches, steps)
+        return time.perf_counter() - start
+
+    def run_bare() -> float:
+        mine = list(itertools.islice(bare_batches, steps))
+        start = time.perf_counter()
+        bare.run(mine)
+        return time.perf_counter() - start
+
+    turns = Turns(steps, {"progscale": run_ours, "bare": run_bare})
+    reset_accelerate()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            use_cpu=True,
+            bf16=options.precision == "bf16",
+            per_device_train_batch_size=size,
+            max_steps=total,
+            learning_rate=LR,
+            weight_decay=DECAY,
+            save_strategy="no",
+            train_sampling_strategy=options.trainer_sampling,
+        )
+        collator = DataCollatorWithPadding(tokenizer)
+        Trainer(model=model, args=arguments, train_dataset=Examples(split), data_collator=collator, callbacks=[turns]).train()
+    ours.console.end()
+    # The first round warms up.
+    return {name: [size * steps / seconds for seconds in times[1:]] for name, times in turns.seconds.items()}
+
+
+def endless(loader: TrainLoader) -> Iterator[GlobalBatch]:
+    """All epochs, one after the other."""
+    return itertools.chain.from_iterable(loader.epoch(epoch) for epoch in itertools.count())
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder of an encoder, or a well-known architecture; default: MiniLM")
+    parser.add_argument("--random-weights", action="store_true", help="random weights and synthetic rows: nothing is downloaded")
+    parser.add_argument("--synthetic", action="store_true", help="the same")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder with glue/MRPC; synthetic rows where there is none")
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="of all sides")
+    parser.add_argument("--batch", type=int, default=32, help="rows of a step")
+    parser.add_argument("--max-length", type=int, default=128, help="tokens of a row")
+    parser.add_argument("--steps", type=int, default=20, help="steps of a turn")
+    parser.add_argument("--rounds", type=int, default=6, help="turns of each side, after one to warm up")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")
+    parser.add_argument("--trainer-sampling", choices=["random", "group_by_length"], default="random", help="the Trainer's order")
+    parser.add_argument("--output", type=Path, help="JSON file of the result")
+    options = parser.parse_args(given)
+    quiet_libraries()
+    speeds = measure(options)
+    ratios = {
+        f"vs {other}": [a / b for a, b in zip(speeds["progscale"], speeds[other], strict=True)] for other in ("bare", "trainer")
+    }
+    show_machine()
+    print(f"samples/s in rounds of {options.steps} steps, {options.precision}, seed 1")
+    rows = [[name, *values, statistics.median(values), min(values), max(values)] for name, values in (speeds | ratios).items()]
+    show_table(["side", *(f"round {n}" for n in range(1, options.rounds + 1)), "median", "min", "max"], rows)
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    medians = {name: statistics.median(values) for name, values in (speeds | ratios).items()}
+    write_json(
+        options.output,
+        {"settings": settings, "machine": machine(), "samples_per_second": speeds, "ratios": ratios, "median": medians},
+    )
+
+
+if __name__ == "__main__":
+    main()

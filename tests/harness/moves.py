@@ -1,0 +1,185 @@
+"""State on the move: from one kind of engine into another, through twenty stages, and what is left of an engine."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from progscale.engine.base import Engine
+from progscale.engine.state import redistribute
+from progscale.learning_rate import LearningRate
+from progscale.optim import StageBuild
+from tests.harness.cases import builds_of, make_engine, row_loss, share
+from tests.tiny import tiny_model
+
+
+@dataclass
+class Moved:
+    """What a run that changed its engine showed on this rank."""
+
+    losses: list[float] = field(default_factory=list)
+    parameters: dict[str, torch.Tensor] = field(default_factory=dict)
+    steps_before: dict[str, int] = field(default_factory=dict)
+    steps_after: dict[str, int] = field(default_factory=dict)
+    largest_moment_of_thawed: float = 0.0
+    thawed: list[str] = field(default_factory=list)
+
+
+def take_steps(engine: Engine, build: StageBuild, rows: int, micro: int, vocabulary: int, curve: LearningRate) -> list[float]:
+    """The losses of a stage's steps."""
+    losses = []
+    for step in range(build.stage.start_step, build.stage.end_step):
+        batches = share(step, rows, vocabulary, engine.rank, engine.world_size, micro)
+        losses.append(engine.train_step(batches, rows, row_loss, curve(step)).loss)
+    return losses
+
+
+def steps_by_name(engine: Engine) -> dict[str, int]:
+    """How many steps the optimizer has taken on each parameter, from all ranks' shards."""
+    own = {piece.name: shard.step for shard in engine.shards() for piece in shard.pieces}
+    merged: dict[str, int] = {}
+    for part in engine.gather_objects(own):
+        for name, step in part.items():
+            assert merged.setdefault(name, step) == step, f"ranks disagree about the step of {name}"
+    return merged
+
+
+def everywhere(engine: Engine) -> dict[str, torch.Tensor]:
+    """Whole weights, on every rank."""
+    own = {name: value.clone() for name, value in engine.full_parameters() if value is not None}
+    return dict(engine.gather_objects(own)[0])
+
+
+def carry(
+    first: str, second: str, schedule: str, steps: int = 6, rows: int = 8, micro: int = 2, blocks: int = 4, family: str = "bert"
+) -> Moved:
+    """Trains the first of two stages with engine `first`, carries the state into `second`, and trains the other stage."""
+    module = tiny_model(family, blocks=blocks).train()
+    _, builds = builds_of(module, schedule, "always", 2, steps, "full", {})
+    curve = LearningRate(1e-3, "linear", steps, warmup_steps=1, final_fraction=0.1)
+    vocabulary = module.config.vocab_size
+    moved = Moved()
+
+    old = make_engine(module, first)
+    old.begin_stage(builds[0])
+    moved.losses += take_steps(old, builds[0], rows, micro, vocabulary, curve)
+    moved.steps_before = steps_by_name(old)
+    shards, weights = old.shards(), everywhere(old)
+    old.close()
+
+    other = tiny_model(family, blocks=blocks, seed=1).train()
+    other.load_state_dict(weights)
+    new = make_engine(other, second)
+    new.begin_stage(builds[1])
+    redistribute(shards, new.shards(), device=new.device, distributed=True)
+    moved.steps_after = steps_by_name(new)
+    moved.thawed = sorted(builds[1].live - builds[0].live)
+    for shard in new.shards():
+        if any(piece.name in moved.thawed for piece in shard.pieces):
+            sizes = [float(value.abs().max()) for value in shard.state.values() if torch.is_tensor(value)]
+            moved.largest_moment_of_thawed = max([moved.largest_moment_of_thawed, *sizes])
+    moved.losses += take_steps(new, builds[1], rows, micro, vocabulary, curve)
+    moved.parameters = everywhere(new)
+    new.close()
+    return moved
+
+
+def carry_all(pairs: Sequence[tuple[str, str]], schedule: str) -> list[Moved]:
+    """`carry` for each pair."""
+    return [carry(first, second, schedule) for first, second in pairs]
+
+
+@dataclass
+class Leftovers:
+    """What twenty stages left on this rank: while the last one lives, and after it is closed."""
+
+    alive: dict[str, int]
+    alive_after: dict[str, int]
+    hooks_before: dict[str, int]
+    hooks_after: dict[str, int]
+    attributes_before: list[str]
+    attributes_after: list[str]
+    losses: list[float]
+
+
+def alive_objects() -> dict[str, int]:
+    """Live DeepSpeed engines and ZeRO optimizers, by kind."""
+    gc.collect()
+    from deepspeed.runtime.base_optimizer import ZeROOptimizer
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    found = gc.get_objects()
+    # isinstance would wake torch's lazy modules.
+    kinds = {"engine": DeepSpeedEngine, "optimizer": ZeROOptimizer, "torch optimizer": torch.optim.AdamW}
+    return {name: sum(issubclass(type(thing), kind) for thing in found) for name, kind in kinds.items()}
+
+
+def hooks_of(module: torch.nn.Module) -> dict[str, int]:
+    """How many hooks of each kind the modules and parameters hold."""
+    counts: Counter[str] = Counter()
+    for thing in (*module.modules(), *module.parameters()):
+        for key, value in vars(thing).items():
+            if key.endswith("_hooks") and value:
+                counts[key] += len(value)
+        for key in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+            if isinstance(thing, torch.Tensor) and getattr(thing, key, None):
+                counts[key] += len(getattr(thing, key))
+    return dict(counts)
+
+
+def attributes_of(module: torch.nn.Module) -> list[str]:
+    """Names of the attributes that somebody hung on parameters; those of a ZeRO-3 partition are the partition."""
+    names = {key for parameter in module.parameters() for key in vars(parameter)}
+    if any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
+        names -= PARTITION
+    return sorted(names)
+
+
+# What deepspeed.zero.Init makes of a parameter: it stays partitioned between two engines.
+PARTITION = {
+    "ds_param_type",
+    "ds_status",
+    "ds_shape",
+    "ds_numel",
+    "ds_tensor",
+    "ds_active_sub_modules",
+    "ds_persist",
+    "ds_secondary_tensor",
+    "is_external_param",
+    "ds_process_group",
+    "ds_zero_param_process_group",
+    "ds_world_size",
+    "ds_id",
+    "nvme_swapper",
+    "convert_to_zero_parameters",
+}
+
+
+def many_stages(engine: str, count: int = 20) -> Leftovers:
+    """Begins `count` stages that shrink and grow again, one step in each."""
+    module = tiny_model("bert", blocks=4).train()
+    hooks, attributes = hooks_of(module), attributes_of(module)
+    made = make_engine(module, engine)
+    _, builds = builds_of(module, "progtuning", "first_stage", 4, 4, "full", {})
+    losses = []
+    for index in range(count):
+        build = builds[index % len(builds)]
+        made.begin_stage(build, force=True)
+        batches = share(index, 8, module.config.vocab_size, made.rank, made.world_size, 2)
+        losses.append(made.train_step(batches, 8, row_loss, 1e-3).loss)
+    alive = alive_objects()
+    made.close()
+    return Leftovers(alive, alive_objects(), hooks, hooks_of(module), attributes, attributes_of(module), losses)
+
+
+def baseline_objects() -> dict[str, int]:
+    """What cases that ran before in this rank still hold."""
+    return alive_objects()
+
+
+__all__ = ["Any", "carry", "carry_all", "many_stages"]

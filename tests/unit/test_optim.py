@@ -1,0 +1,123 @@
+"""Param groups: every live tensor in one group, and no group that a later stage would have to cut."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from progscale.blocks import Partition, partition
+from progscale.methods import METHODS, live_parameters
+from progscale.models.loading import family_of
+from progscale.optim import AdamW, StageBuild, build_for
+from progscale.schedule import SCHEDULES, Stage, build_stages
+from tests.tiny import FAMILY_NAMES, tiny_model
+
+BLOCKS, DECAY = 4, 0.01
+
+
+class Biases:
+    """A method that trains few tensors of a block, and none of the embeddings."""
+
+    name = "biases"
+    trains_embeddings = False
+
+    def prepare(self, model: torch.nn.Module) -> torch.nn.Module:
+        return model
+
+    def tensors(self, partition: Partition) -> frozenset[str]:
+        return frozenset(name for name, info in partition.parameters.items() if name.endswith("bias") or info.part == "head")
+
+
+@cache
+def parts_of(family: str) -> Partition:
+    model = tiny_model(family, blocks=BLOCKS)
+    return partition(model, family_of(model))
+
+
+def stages_of(schedule: str, embeddings: str, stages: int) -> tuple[Stage, ...]:
+    firsts = [[2, 0, 4, 1, 3, 0, 2][index % 7] for index in range(stages)]
+    firsts[-1] = 0
+    options = {"custom": {"first_blocks": firsts}, "weighted": {"block_weights": [1.0, 5.0, 1.0, 1.0]}}
+    return build_stages(
+        schedule,
+        num_blocks={"blocks": BLOCKS},
+        stages=stages,
+        total_steps=20,
+        embeddings=embeddings,  # type: ignore[arg-type]
+        options=options.get(schedule, {}),
+    )
+
+
+@given(
+    st.sampled_from(FAMILY_NAMES),
+    st.sampled_from(SCHEDULES.names()),
+    st.sampled_from(["always", "first_stage", "never"]),
+    st.integers(1, 7),
+    st.sampled_from([METHODS.get("full"), Biases]),
+    st.booleans(),
+)
+def test_groups(family: str, schedule: str, embeddings: str, count: int, kind: type, decay_all: bool) -> None:
+    parts, stages, method = parts_of(family), stages_of(schedule, embeddings, count), kind()
+    builds = build_for(stages, parts, method, weight_decay=DECAY, decay_bias_and_norm=decay_all)
+    assert [build.stage for build in builds] == list(stages)
+    for build in builds:
+        grouped = [name for group in build.groups for name in group.names]
+        live = live_parameters(build.stage, parts, method)
+        assert sorted(grouped) == sorted(live), "each live tensor stands in one group"
+        assert build.live == frozenset(live)
+        for group in build.groups:
+            assert group.names, "DeepSpeed cannot take an empty group"
+            assert list(group.names) == [name for name in parts.parameters if name in group.names], "order of the model"
+            assert len({parts.parameters[name].part for name in group.names}) == 1
+            for name in group.names:
+                is_matrix = len(parts.parameters[name].shape) > 1
+                assert group.weight_decay == (DECAY if is_matrix or decay_all else 0.0), name
+    no_group_is_ever_cut(builds)
+
+
+def no_group_is_ever_cut(builds: tuple[StageBuild, ...]) -> None:
+    """A part that freezes later never shares a flat buffer with another: a group lives whole or not at all."""
+    groups = {group for build in builds for group in build.groups}
+    for build in builds:
+        for group in groups:
+            alive = set(group.names) & build.live
+            assert not alive or group in build.groups
+    survivors = [[group for group in build.groups if group in builds[0].groups] for build in builds]
+    first = list(builds[0].groups)
+    for kept in survivors:
+        assert kept == [group for group in first if group in kept], "surviving groups keep their order"
+
+
+def test_equal_calls_give_equal_builds() -> None:
+    stages = stages_of("progtuning", "first_stage", 3)
+    again = stages_of("progtuning", "first_stage", 3)
+    model = tiny_model("bert", blocks=BLOCKS)
+    fresh = partition(model, family_of(model))
+    assert build_for(stages, parts_of("bert"), METHODS.get("full")(), weight_decay=DECAY) == build_for(
+        again, fresh, METHODS.get("full")(), weight_decay=DECAY
+    )
+
+
+def test_groups_by_name() -> None:
+    builds = build_for(stages_of("progtuning", "first_stage", 2), parts_of("bert"), METHODS.get("full")(), weight_decay=DECAY)
+    named = [sorted({group.part for group in build.groups}) for build in builds]
+    assert named == [["blocks 0-1", "blocks 2-3", "embeddings", "head"], ["blocks 2-3", "head"]]
+    assert [len(build.groups) for build in builds] == [8, 4]
+
+
+@pytest.mark.parametrize("fused", [None, True, False])
+def test_the_optimizer_takes_the_groups(fused: bool | None) -> None:
+    model = tiny_model("bert", blocks=BLOCKS)
+    parameters = dict(model.named_parameters())
+    build = build_for(stages_of("progtuning", "always", 2), parts_of("bert"), METHODS.get("full")(), weight_decay=DECAY)[1]
+    optimizer = AdamW(betas=(0.8, 0.9), eps=1e-6, fused=fused).build(parameters, build.groups)
+    assert optimizer.defaults["betas"] == (0.8, 0.9)
+    assert optimizer.defaults["eps"] == 1e-6
+    assert optimizer.defaults["fused"] is (fused is not False)
+    for group, spec in zip(optimizer.param_groups, build.groups, strict=True):
+        assert group["weight_decay"] == spec.weight_decay
+        assert [id(tensor) for tensor in group["params"]] == [id(parameters[name]) for name in spec.names]
