@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from progscale.config import Config, describe_schema, dump_config, load_config
-from progscale.errors import ConfigError, ProgscaleError
+from progscale.errors import ConfigError, DataError, ModelError, ProgscaleError
 from progscale.names import name_faults
 
 if TYPE_CHECKING:
@@ -35,9 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except ProgscaleError as error:
-        # Every rank meets the same mistake in a config; one of them says it.
-        rank = os.environ.get("RANK", "0")
-        if rank == "0" or not isinstance(error, ConfigError):
+        rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
+        # All ranks meet the same mistake, and one of them says it; but files may be missing on one node alone.
+        if rank == "0" or (local_rank == "0" and isinstance(error, DataError | ModelError)):
             print(f"progscale: {'' if rank == '0' else f'[rank {rank}] '}{error}", file=sys.stderr)
         return error.exit_code
 

@@ -70,6 +70,7 @@ def prepare(config: Config, permissions: Permissions = NO_PERMISSIONS, *, dry_ru
     world_size, rank, is_main = int(accelerator.num_processes), int(accelerator.process_index), accelerator.is_main_process
     check_precision(config.train.precision, torch.device(accelerator.device), deepspeed is not None)
     check_same_on_all_ranks(config)
+    check_engine(config, world_size)
     rows_at_once = micro_batch_size(config, world_size)
     console = RunConsole(is_main)
     splits = task.tokenize(tokenizer, config.train.max_length)
@@ -104,7 +105,7 @@ def prepare(config: Config, permissions: Permissions = NO_PERMISSIONS, *, dry_ru
     if dry_run:
         return plan
 
-    folder = open_folder(config, plan) if is_main else None
+    folder = ranks.on_main(lambda: open_folder(config, plan))
     # From here on every rank needs the same weights, also those of a new head.
     torch.manual_seed(config.run.seed)
     memory = MemoryMeter(torch.device(accelerator.device))
@@ -226,6 +227,16 @@ def learning_rate_of(config: Config, stages: tuple[Stage, ...], total_steps: int
         restart_each_stage=optimizer.restart_each_stage,
         stages=stages,
     )
+
+
+def check_engine(config: Config, world_size: int) -> None:
+    """Refuses an engine that the number of processes contradicts.
+
+    Raises:
+        ConfigError: `plain` on several processes. (`ddp` on one process is plain training, as everywhere.)
+    """
+    if config.engine.name == "plain" and world_size > 1:
+        raise ConfigError(Fault("engine.name", f"'plain' is one process, but {world_size} were started; take 'ddp' or 'auto'"))
 
 
 def check_same_on_all_ranks(config: Config) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch.distributed as dist
+
+from progscale.errors import ProgscaleError
+
+T = TypeVar("T")
 
 
 def is_distributed() -> bool:
@@ -24,6 +29,26 @@ def gather_objects(thing: Any) -> list[Any]:
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, thing)
     return gathered
+
+
+def on_main(action: Callable[[], T]) -> T | None:
+    """Does something on rank 0 alone; when it fails there, every rank raises the same error. A collective.
+
+    Returns:
+        What `action` gave, on rank 0; None elsewhere.
+    """
+    result: T | None = None
+    failure: ProgscaleError | None = None
+    if is_main():
+        try:
+            result = action()
+        except ProgscaleError as error:
+            failure = error
+    # Without this the other ranks would wait in their next collective until the launcher kills them.
+    failure = gather_objects(failure)[0]
+    if failure is not None:
+        raise failure
+    return result
 
 
 def barrier() -> None:
