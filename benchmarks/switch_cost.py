@@ -69,7 +69,7 @@ def resident_bytes() -> int:
 def live_objects() -> dict[str, int]:
     """DeepSpeed's engines and ZeRO optimizers that are still alive."""
     optimizers = ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3", "BF16_Optimizer")
-    kinds = [type(thing).__name__ for thing in gc.get_objects() if type(thing).__module__.startswith("deepspeed.")]
+    kinds = [type(thing).__name__ for thing in gc.get_objects() if str(type(thing).__module__).startswith("deepspeed.")]
     return {"engines": kinds.count("DeepSpeedEngine"), "optimizers": sum(kinds.count(name) for name in optimizers)}
 
 
@@ -84,7 +84,12 @@ def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
     module.train()
     parts = partition(module, family)
     stages = build_stages(
-        "progtuning", num_blocks=parts.num_blocks, stages=options.stages, total_steps=options.stages, embeddings="always", options={}
+        "progtuning",
+        num_blocks=parts.num_blocks,
+        stages=options.stages,
+        total_steps=options.stages,
+        embeddings="always",
+        options={},
     )
     builds = build_for(stages, parts, METHODS.get("full")(), weight_decay=0.01)
     settings = EngineSettings(options.precision, micro_batch_size=options.rows)
@@ -95,7 +100,9 @@ def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
         engine.barrier()
         done = engine.begin_stage(build)
         watch = Audit(engine, [name for name in parts.parameters if name not in build.live])
-        engine.train_step([batch(index, engine.rank, options.rows, options.length)], options.rows * engine.world_size, row_loss, 1e-5)
+        engine.train_step(
+            [batch(index, engine.rank, options.rows, options.length)], options.rows * engine.world_size, row_loss, 1e-5
+        )
         changed += len(watch.changed())
         if index:
             switch.append(done.seconds)

@@ -119,7 +119,9 @@ def main(given: Sequence[str] | None = None) -> int:
         megabytes = [round(rank[key] / 1e6) for key in ("baseline", "partition", "peak_memory_bytes")]
         rows.append([rank["rank"], *megabytes, rank["share"], rank["seconds"]])
     show_table(["rank", "baseline MB", "partition MB", "peak above MB", "share", "seconds"], rows)
-    print(f"compared {result['compared']} parameters with the file, different: {len(result['different'])} {result['different'][:3]}")
+    print(
+        f"compared {result['compared']} parameters with the file, different: {len(result['different'])} {result['different'][:3]}"
+    )
     write_json(options.output, {"machine": machine(), **result})
     good = not result["different"] and all(rank["share"] < options.bar for rank in result["ranks"])
     print("passed" if good else f"FAILED: every share must be below {options.bar} and nothing different")

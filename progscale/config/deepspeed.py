@@ -246,6 +246,12 @@ def _check_zero(rest: Mapping[str, Any], where: Where, fault: Callable[[KeyPath,
         fault(path, f"{show(stage)}{where(path)} must be 1, 2 or 3")
     elif stage == 0:
         fault(path, f"0{where(path)} must be 1, 2 or 3: {no_zero}")
+    for unproven, off in keys.UNPROVEN.items():
+        value: Any = rest
+        for key in unproven:
+            value = value.get(key, off) if isinstance(value, Mapping) else off
+        if value != off:
+            fault(unproven, f"{show(value)}{where(unproven)} is not supported: no stage switch was shown to be exact with it")
     for name, allowed in (
         ("offload_optimizer", keys.OFFLOAD_OPTIMIZER_KEYS),
         ("offload_param", keys.OFFLOAD_PARAM_KEYS),

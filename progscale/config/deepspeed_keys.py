@@ -137,6 +137,16 @@ REFUSED_ZERO_KEYS = {
     "zeropp_loco_param": _GONE,
 }
 
+# Refused unless they have the value that leaves them off: nobody has shown yet that state survives a stage switch with them.
+UNPROVEN = {
+    ("zero_optimization", "zero_hpz_partition_size"): 1,
+    ("zero_optimization", "zero_quantized_gradients"): False,
+    ("zero_optimization", "zero_quantized_nontrainable_weights"): False,
+    ("zero_optimization", "zero_quantized_weights"): False,
+    ("zero_optimization", "offload_optimizer", "ratio"): 1.0,
+    ("zero_optimization", "offload_optimizer", "super_offload"): False,
+}
+
 OFFLOAD_OPTIMIZER_KEYS = frozenset(
     {
         "buffer_count",

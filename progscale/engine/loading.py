@@ -148,4 +148,11 @@ def zero_init(deepspeed: Mapping[str, Any], dtype: torch.dtype) -> Iterator[Any]
     # `zero.Init` partitions all parameters of the module that it is given; the others are partitioned already or empty.
     init = ds.zero.Init(config_dict_or_path=config, dtype=dtype, enabled=True)
 
-    yield lambda child: init._convert_to_zero_parameters(list(child.parameters(recurse=False)))
+    def partition_own(child: torch.nn.Module) -> None:
+        own = list(child.parameters(recurse=False))
+        for parameter in own:
+            if not hasattr(parameter, "ds_id"):  # a tied tensor is partitioned already
+                parameter.data = parameter.data.to(dtype)
+        init._convert_to_zero_parameters(own)
+
+    yield partition_own

@@ -279,3 +279,16 @@ def test_keys_match_the_installed_deepspeed() -> None:
     assert names(DeepSpeedFP16Config) <= keys.FP16_KEYS
     assert not keys.LITERAL_KEYS & set(keys.REFUSED_KEYS)
     assert not keys.ZERO_KEYS & set(keys.REFUSED_ZERO_KEYS)
+
+
+@pytest.mark.parametrize(
+    ("zero", "key"),
+    [
+        ({"stage": 3, "zero_hpz_partition_size": 8}, "zero_hpz_partition_size: 8"),
+        ({"stage": 3, "zero_quantized_weights": True}, "zero_quantized_weights: true"),
+        ({"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "offload_optimizer.ratio: 0.5"),
+    ],
+)
+def test_what_is_not_shown_to_be_exact_is_refused(zero: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key}.*no stage switch was shown to be exact"):
+        load_config([{"engine": {"deepspeed": {"zero_optimization": zero}}}])

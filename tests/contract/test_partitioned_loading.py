@@ -1,0 +1,54 @@
+"""ZeRO-3 reads a checkpoint tensor by tensor, and ends with just what `from_pretrained` gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from progscale.models import ModelRequest, load_model
+from tests.harness.worker import RankError, TwoRanks
+from tests.tiny import FAMILY_NAMES, tiny_model
+
+LOAD = "tests.harness.loading:load"
+
+
+@pytest.fixture(params=FAMILY_NAMES)
+def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A checkpoint in several files."""
+    tiny_model(request.param, num_labels=2).save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    return tmp_path
+
+
+@pytest.mark.parametrize("num_labels", [2, 5])
+def test_equals_from_pretrained(two_ranks: TwoRanks, checkpoint: Path, num_labels: int) -> None:
+    """Also with a new head (5 labels), which every rank draws alike from the seed."""
+    torch.manual_seed(7)
+    expected = load_model(ModelRequest(str(checkpoint), head="sequence_classification", num_labels=num_labels))
+    results = two_ranks.run(LOAD, path=str(checkpoint), seed=7, num_labels=num_labels)
+    total = sum(parameter.numel() for parameter in expected.parameters())
+    for result in results:
+        assert not result["training"]
+        assert set(result["parameters"]) == {name for name, _ in expected.named_parameters()}
+        for name, parameter in expected.named_parameters():
+            assert torch.equal(result["parameters"][name], parameter), name
+        for name, buffer in expected.named_buffers():
+            assert torch.equal(result["buffers"][name], buffer), name
+        # Half of the model, and the padding of tensors of odd length.
+        assert result["held"] <= total / 2 + len(result["parameters"])
+
+
+def test_bf16_parameters(two_ranks: TwoRanks, tmp_path: Path) -> None:
+    model = tiny_model("bert")
+    model.save_pretrained(tmp_path)
+    result = two_ranks.run(LOAD, path=str(tmp_path), seed=1, dtype="bfloat16")[0]
+    for name, parameter in model.named_parameters():
+        assert torch.equal(result["parameters"][name], parameter.detach().to(torch.bfloat16)), name
+
+
+def test_a_checkpoint_of_another_size_is_refused(two_ranks: TwoRanks, tmp_path: Path) -> None:
+    tiny_model("bert", blocks=2).save_pretrained(tmp_path)
+    with pytest.raises(RankError, match=r"encoder\.layer\.2.*is missing in its weights"):
+        two_ranks.run(LOAD, path=str(tmp_path), seed=1, overrides={"num_hidden_layers": 3})

@@ -1,0 +1,31 @@
+"""Loads a checkpoint under ZeRO-3 in a rank, for the tests of partitioned loading."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from progscale.engine.launch import make_accelerator, set_up_cpu
+from progscale.engine.loading import load_module
+from progscale.models import ModelRequest, find_family
+from tests.harness.cases import ENGINES, reset_accelerate
+
+
+def load(path: str, seed: int, dtype: str = "float32", **request: Any) -> dict[str, Any]:
+    """Gathered parameters, each rank's share of elements, and the logits of one batch through the gathered model."""
+    import deepspeed
+
+    set_up_cpu(1)
+    reset_accelerate()
+    make_accelerator(deepspeed=ENGINES["zero3"])
+    wanted = ModelRequest(path, head="sequence_classification", **request)
+    torch.manual_seed(seed)
+    module = load_module(wanted, find_family(wanted), ENGINES["zero3"], dtype=getattr(torch, dtype))
+    held = sum(parameter.ds_tensor.numel() for parameter in module.parameters())  # type: ignore[attr-defined]
+    whole = {}
+    for name, parameter in module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            whole[name] = parameter.detach().clone()
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    return {"parameters": whole, "buffers": buffers, "held": held, "training": module.training}
