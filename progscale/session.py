@@ -87,7 +87,8 @@ class Session:
     def evaluation_batches(self, split: Tokenized) -> Iterator[MicroBatch]:
         """This rank's micro-batches of an evaluation split."""
         size = self.config.train.eval_batch_size
-        return eval_batches(split, size, self.engine.world_size, self.engine.rank, pad=self.padding)
+        world_size, rank = self.engine.world_size, self.engine.rank
+        return eval_batches(split, size, world_size, rank, pad=self.padding, multiple_of=self.loader.multiple_of)
 
     def evaluation_due(self, step: int, stage: Stage) -> bool:
         """Whether to evaluate after optimizer step `step` (0-based); always after the last."""

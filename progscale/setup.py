@@ -75,6 +75,7 @@ def prepare(config: Config, permissions: Permissions = NO_PERMISSIONS, *, dry_ru
     console = RunConsole(is_main)
     splits = task.tokenize(tokenizer, config.train.max_length)
     padding = pad_values(tokenizer)
+    on_gpu = torch.device(accelerator.device).type == "cuda"
     loader = TrainLoader(
         splits["train"],
         padding,
@@ -86,7 +87,8 @@ def prepare(config: Config, permissions: Permissions = NO_PERMISSIONS, *, dry_ru
         rank=rank,
         group_by_length=config.train.group_by_length,
         num_workers=config.train.num_workers,
-        pin_memory=torch.device(accelerator.device).type == "cuda",
+        pin_memory=on_gpu,
+        multiple_of=8 if on_gpu else 1,  # tensor cores; on a CPU it is padding and nothing else
     )
     total_steps = total_steps_of(config, loader.steps_per_epoch)
     method = METHODS.get(config.method.name)()

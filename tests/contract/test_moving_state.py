@@ -24,9 +24,23 @@ def never_moved(schedule: str) -> Outcome:
     return run(engine="plain", schedule=schedule, stages=2, steps=6, blocks=4)
 
 
-@pytest.mark.parametrize("schedule", list(SCHEDULES), ids=list(SCHEDULES.values()))
-@pytest.mark.parametrize(("first", "second"), PAIRS)
+# Each pair with one schedule, each schedule with ten pairs; the rest by the product.
+ORDINARY = [(*pair, list(SCHEDULES)[index % 3]) for index, pair in enumerate(PAIRS)]
+
+
+@pytest.mark.parametrize(("first", "second", "schedule"), ORDINARY)
 def test_another_engine_goes_on(two_ranks: TwoRanks, first: str, second: str, schedule: str) -> None:
+    goes_on(two_ranks, first, second, schedule)
+
+
+@pytest.mark.product
+@pytest.mark.parametrize("schedule", list(SCHEDULES))
+@pytest.mark.parametrize(("first", "second"), PAIRS)
+def test_another_engine_goes_on_product(two_ranks: TwoRanks, first: str, second: str, schedule: str) -> None:
+    goes_on(two_ranks, first, second, schedule)
+
+
+def goes_on(two_ranks: TwoRanks, first: str, second: str, schedule: str) -> None:
     moved: Moved = two_ranks.run("tests.harness.moves:carry", first=first, second=second, schedule=schedule)[0]
     expected = never_moved(schedule)
     assert moved.losses == pytest.approx(expected.losses, abs=LOSS_TOLERANCE)

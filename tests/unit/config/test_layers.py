@@ -74,7 +74,7 @@ def test_hash_leaves_out_names_and_folders() -> None:
 
 
 def test_demo_defaults_hold_for_the_demo_alone() -> None:
-    assert (load_config().optimizer.lr, load_config().train.max_length) == (1e-3, 64)
+    assert (load_config().optimizer.lr, load_config().train.max_length) == (5e-4, 64)
     assert load_config([], ["optimizer.lr=0.5"]).optimizer.lr == 0.5
     config = load_config([], ["model.name=m", "task.name=cola"])
     assert (config.optimizer.lr, config.train.max_length) == (2e-5, 128)
