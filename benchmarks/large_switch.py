@@ -1,15 +1,16 @@
 """A stage switch of a large model on two ranks against the same steps in one process.
 
-    python benchmarks/large_switch.py                                   BERT-large's shape, random weights, fp32; some 15 GB of memory
-    python benchmarks/large_switch.py --blocks 4 --hidden 64            a smoke run
+    python benchmarks/large_switch.py                             BERT-large's shape, random weights, fp32; some 15 GB of memory
+    python benchmarks/large_switch.py --blocks 4 --hidden 64      a smoke run
 
-The one-process side (plain PyTorch engine) runs first, in a process of its own, and leaves its parameters in a temporary file; then ZeRO-2
-and ZeRO-3 on two ranks, one after the other. Two stages of progtuning, one switch, two steps before and after it, dropout off.
+The one-process side (plain PyTorch engine) runs first, in a process of its own, and leaves its parameters in a temporary file;
+then ZeRO-2 and ZeRO-3 on two ranks, one after the other. Two stages of progtuning, one switch, two steps before and after it,
+dropout off.
 
-How to read it: `parameter gap` is the largest difference of any element of any parameter at the end, `in steps of Adam` the same over the
-learning rate (Adam moves an element by at most about that much in a step; where a gradient is nearly 0, rounding alone decides);
-`loss gap` the largest of a step. `frozen moved` counts frozen tensors with changed bits and must be 0. Peaks are resident memory above the
-start, by rank.
+How to read it: `parameter gap` is the largest difference of any element of any parameter at the end, `in steps of Adam` the same
+over the learning rate (Adam moves an element by at most about that much in a step; where a gradient is nearly 0, rounding alone
+decides); `loss gap` the largest of a step. `frozen moved` counts frozen tensors with changed bits and must be 0. Peaks are
+resident memory above the start, by rank.
 """
 
 from __future__ import annotations
@@ -150,8 +151,9 @@ def main(given: Sequence[str] | None = None) -> None:
     reference = sides.pop("plain")
     show_machine()
     print(
-        f"{options.model}, {reference['parameters'] / 1e6:.0f} M parameters, fp32, lr {options.lr}, twice {options.steps} steps of "
-        f"{options.rows} × {options.length} tokens, seed 0; one process: losses {[round(loss, 6) for loss in reference['losses']]}, "
+        f"{options.model}, {reference['parameters'] / 1e6:.0f} M parameters, fp32, lr {options.lr}, seed 0, "
+        f"twice {options.steps} steps of {options.rows} × {options.length} tokens; "
+        f"one process: losses {[round(loss, 6) for loss in reference['losses']]}, "
         f"switch {reference['switch_seconds'][0]:.2f} s, peak {reference['peak_memory_bytes'][0] / 1e9:.2f} GB"
     )
     rows = []

@@ -3,12 +3,14 @@
     torchrun --nproc_per_node 2 benchmarks/switch_cost.py        two ranks: ddp, zero1, zero2, zero3, zero2-offload, zero3-offload
     python benchmarks/switch_cost.py                             one process: plain and the ZeRO kinds
 
-Cycles through the stages of progtuning, so that parts freeze and, at the first stage, thaw again; one training step follows each switch.
+Cycles through the stages of progtuning, so that parts freeze and, at the first stage, thaw again; one training step follows each
+switch.
 
-How to read it: `switch s` is the rebuild with the state's move, median and worst; `audit s` the hashing of the frozen tensors before and
-after a stage, which is apart. `engines` and `optimizers` are DeepSpeed's objects alive after the last switch: 1 each, 0 without
-DeepSpeed; more is a leak. `resident MB` after the first cycle and at the end must be about the same, whatever the number of switches.
-All of rank 0.
+How to read it: `switch s` is the rebuild with the state's move, median and worst; `audit s` the hashing of the frozen tensors
+before and after a stage, which is apart. `engines` and `optimizers` are DeepSpeed's objects alive after the last switch, as it
+is and after a garbage collection: 1 each, 0 without DeepSpeed. More after a collection is a leak; more before it is memory that
+waits for Python to tidy up. `resident MB` after the first cycle and at the end must be about the same, however many switches
+there are. All of rank 0.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ import argparse
 import gc
 import itertools
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,9 +117,11 @@ def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
         "audit_seconds": audit,
         "carried": carried,
         "frozen_changed": changed,
-        **live_objects(),
+        "alive": live_objects(),
         "resident_bytes": resident,
     }
+    gc.collect()
+    result["alive_after_collection"] = live_objects()
     engine.close()
     del engine, module
     gc.collect()
@@ -146,13 +149,12 @@ def main(given: Sequence[str] | None = None) -> None:
     kinds = options.engines or [kind for kind in ZERO if kind != ("plain" if ranks > 1 else "ddp")]
     # One process gets rank variables for ZeRO, after which it cannot do without them.
     results = [measure(kind, options) for kind in sorted(kinds, key=lambda kind: kind != "plain")]
-    if torch.distributed.is_initialized():
-        if torch.distributed.get_rank():
-            return
+    if torch.distributed.is_initialized() and torch.distributed.get_rank():
+        return
     show_machine()
     print(
-        f"{options.model}, {options.blocks} blocks of {options.hidden}, {ranks} ranks, {options.precision}, {options.stages} stages, "
-        f"{options.switches} switches, seed 0"
+        f"{options.model}, {options.blocks} blocks of {options.hidden}, {ranks} ranks, {options.precision}, "
+        f"{options.stages} stages, {options.switches} switches, seed 0"
     )
     rows = [
         [
@@ -163,8 +165,7 @@ def main(given: Sequence[str] | None = None) -> None:
             max(result["audit_seconds"]),
             "/".join(f"{result['carried'].count(way)} {way}" for way in sorted(set(result["carried"]))),
             result["frozen_changed"],
-            result["engines"],
-            result["optimizers"],
+            *(f"{result['alive'][what]} → {result['alive_after_collection'][what]}" for what in ("engines", "optimizers")),
             result["left_after_close"]["engines"],
             *(round(result["resident_bytes"][place] / 1e6) for place in (min(options.stages, options.switches), -1)),
         ]

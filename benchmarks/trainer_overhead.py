@@ -8,9 +8,9 @@ All sides run in one process, in turns of --steps steps, so that a slow minute o
 * bare: a handwritten PyTorch loop over the same batches, collated beforehand; fused AdamW, clipping, autocast, same threads;
 * trainer: transformers' Trainer as it comes: its collator, random order, fused AdamW, logging.
 
-How to read it: `vs bare` is progscale's samples/s over the bare loop's by round, at least 0.97 wanted; `vs trainer` at least 1.0. The
-Trainer pads batches of random lengths, progscale groups like lengths; --trainer-sampling group_by_length takes that out. Only a
-quiet machine gives figures worth keeping: look at the spread first.
+How to read it: `vs bare` is progscale's samples/s over the bare loop's by round, at least 0.97 wanted; `vs trainer` at least 1.0.
+The Trainer pads batches of random lengths, progscale groups like lengths; --trainer-sampling group_by_length takes that out. Only
+a quiet machine gives figures worth keeping: look at the spread first.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ class Progscale:
         self.step = 0
 
     def run(self, batches: Iterator[GlobalBatch], steps: int) -> None:
+        """The next steps, as the loop does them."""
         for batch in itertools.islice(batches, steps):
             seed_step(1, self.step, 0)
             result = self.engine.train_step(batch.micro_batches, batch.size, row_loss, LR)
@@ -101,6 +102,7 @@ class Bare:
         self.optimizer = torch.optim.AdamW(groups, lr=LR, fused=True)
 
     def run(self, batches: Sequence[GlobalBatch]) -> None:
+        """A step for each batch."""
         for batch in batches:
             for micro in batch.micro_batches:
                 with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
@@ -122,9 +124,11 @@ class Turns(TrainerCallback):
         self.begun = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        """The first turn begins."""
         self.begun = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        """After the last step of a turn, the others have theirs."""
         if state.global_step % self.steps:
             return
         self.seconds["trainer"].append(time.perf_counter() - self.begun)

@@ -121,7 +121,7 @@ def check_finite(s: Session, progress: Progress, result: StepResult, step: int, 
     s.log("nonfinite", step=step, fault=result.fault, ranks=list(result.ranks), rows=batch.rows.tolist())
     if progress.skipped_in_a_row > allowed:
         s.console.end()
-        again = f" for the {progress.skipped_in_a_row}th time in a row" if allowed else ""
+        again = f" ({progress.skipped_in_a_row} steps in a row)" if allowed else ""
         raise NonFiniteError(
             f"{what}{again}; the weights are those of the step before. Rows of the batch: {batch.rows.tolist()[:16]}… "
             "Try a smaller optimizer.lr, another train.precision, or --set train.nonfinite=skip:3"

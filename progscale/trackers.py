@@ -52,7 +52,11 @@ class RunFolder:
                     Fault("run.name", f"'{self.path}' exists and is no run folder; choose another with --set run.name=…")
                 )
             return
-        if json.loads(there.read_text(encoding="utf-8")).get("hash") != config_hash:
+        try:
+            owner = json.loads(there.read_text(encoding="utf-8"))["hash"]
+        except (ValueError, TypeError, KeyError):
+            owner = None  # damaged, or somebody else's config.json
+        if owner != config_hash:
             raise ConfigError(
                 Fault("run.name", f"'{self.path}' holds a run of another config; choose another with --set run.name=…")
             )

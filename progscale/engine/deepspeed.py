@@ -22,9 +22,11 @@ from progscale.optim import StageBuild
 
 # What DeepSpeed leaves on parameters and modules when an engine is destroyed, and what then keeps the whole engine alive
 # (0.18, 0.19). The module attributes are made once a module and close over the first engine.
-_PARAMETER_LEFTOVERS = ("_hp_mapping", "_z3_optimizer", "_zero_optimizer", "grad_accum", "comm_dtype")
-_PARAMETER_LEFTOVERS += ("_dp_group", "_index_in_param_group", "param_idx_in_group", "load_hp_checkpoint_state")
-_PARAMETER_LEFTOVERS += ("get_full_hp_grad", "get_full_hp_param", "set_full_hp_grad", "set_full_hp_param")
+_PARAMETER_LEFTOVERS = (
+    *("_hp_mapping", "_z3_optimizer", "_zero_optimizer", "grad_accum", "comm_dtype"),
+    *("_dp_group", "_index_in_param_group", "param_idx_in_group", "load_hp_checkpoint_state"),
+    *("get_full_hp_grad", "get_full_hp_param", "set_full_hp_grad", "set_full_hp_param"),
+)
 _MODULE_LEFTOVERS = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "ds_grads_remaining")
 
 

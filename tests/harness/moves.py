@@ -13,7 +13,7 @@ from progscale.engine.base import Engine
 from progscale.engine.state import redistribute
 from progscale.learning_rate import LearningRate
 from progscale.optim import StageBuild
-from tests.harness.cases import builds_of, make_engine, row_loss, share
+from tests.harness.cases import builds_of, make_engine, masters, row_loss, share
 from tests.tiny import tiny_model
 
 
@@ -164,3 +164,34 @@ def many_stages(engine: str, count: int = 20) -> Leftovers:
     alive = alive_objects()
     made.close()
     return Leftovers(alive, alive_objects(), hooks, hooks_of(module), attributes, attributes_of(module), losses)
+
+
+@dataclass
+class Regime:
+    """A run in some precision: the masters at its end, and the optimizer's bytes at the end of each stage."""
+
+    losses: list[float]
+    carried: list[str]
+    masters: dict[str, torch.Tensor]
+    parameters: dict[str, torch.Tensor]
+    state_bytes: list[int]
+    live_elements: list[int]
+    live_tensors: list[int]
+
+
+def regime(engine: str, precision: str, schedule: str, force: bool = False, steps: int = 6, blocks: int = 4) -> Regime:
+    """Three stages of two steps; with `force` every boundary rebuilds the engine."""
+    settle()
+    module = tiny_model("bert", blocks=blocks).train()
+    made = make_engine(module, engine, precision=precision)
+    parts, builds = builds_of(module, schedule, "always", 3, steps, "full", {})
+    found = Regime([], [], {}, {}, [], [], [])
+    for build in builds:
+        found.carried.append(made.begin_stage(build, force=force).carried)
+        found.losses += take_steps(made, build, 8, 4, module.config.vocab_size, LearningRate(1e-3, "constant", steps))
+        found.state_bytes.append(made.optimizer_state_bytes())
+        found.live_elements.append(parts.count(build.live))
+        found.live_tensors.append(len(build.live))
+    found.masters, found.parameters = masters(made), everywhere(made)
+    made.close()
+    return found

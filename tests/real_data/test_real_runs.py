@@ -111,13 +111,14 @@ def test_squad(tmp_path: Path, encoder: Path) -> None:
         encoder,
         "squad-v1",
         "squad",
-        task__max_train_examples=1500,
+        task__max_train_examples=2500,
         task__max_eval_examples=500,
         task__doc_stride=64,
         train__max_length=256,
         train__epochs=1,
         schedule__stages=2,
-        optimizer__lr=2e-4,
+        train__global_batch_size=16,
+        optimizer__lr=3e-4,
     )
     metrics = summary["metrics"]
     assert [stage["first_block"] for stage in summary["stages"]] == [0, 3]

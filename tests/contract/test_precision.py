@@ -1,0 +1,69 @@
+"""bf16 in its two regimes, autocast over fp32 weights and bf16 weights with fp32 masters: the contracts hold in both."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+
+from tests.harness.cases import Outcome, run
+from tests.harness.moves import Regime, regime
+from tests.harness.worker import TwoRanks
+
+DEEPSPEED = ["zero1", "zero2", "zero3"]
+CASES = [(engine, "bf16") for engine in ("plain", "ddp", *DEEPSPEED)] + [(engine, "bf16_params") for engine in DEEPSPEED]
+RUN = {"schedule": "progtuning", "embeddings": "first_stage", "stages": 3, "steps": 6, "blocks": 4}
+
+
+@cache
+def in_fp32() -> Outcome:
+    return run(engine="plain", **RUN)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("engine", "precision"), CASES)
+def test_contracts_in_bf16(two_ranks: TwoRanks, engine: str, precision: str) -> None:
+    case = {"engine": engine, "precision": precision, **RUN}
+    outcome: Outcome = run(**case) if engine == "plain" else two_ranks.run("tests.harness.cases:run", **case)[0]  # type: ignore[arg-type]
+    assert outcome.frozen_changed == [[], [], []]
+    assert outcome.frozen_with_gradient == [[], [], []]
+    assert outcome.live_unmoved == [[], [], []], "judged on the fp32 masters"
+    assert outcome.state_names == outcome.live_names
+    assert outcome.updated == outcome.planned
+    # bf16 keeps 8 bits: near the fp32 run, and not it.
+    assert outcome.losses == pytest.approx(in_fp32().losses, abs=2e-2)
+    assert outcome.losses != pytest.approx(in_fp32().losses, abs=1e-6)
+    wanted = torch.bfloat16 if precision == "bf16_params" else torch.float32
+    assert {value.dtype for value in outcome.parameters.values()} == {wanted}
+
+
+def of(two_ranks: TwoRanks, engine: str, precision: str, schedule: str, force: bool = False) -> Regime:
+    case = {"engine": engine, "precision": precision, "schedule": schedule, "force": force}
+    return regime(**case) if engine == "plain" else two_ranks.run("tests.harness.moves:regime", **case)[0]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("engine", DEEPSPEED)
+def test_a_forced_switch_carries_the_masters(two_ranks: TwoRanks, engine: str) -> None:
+    """Masters remade from bf16 weights would lose what no bf16 holds."""
+    plain = of(two_ranks, engine, "bf16_params", "none")
+    forced = of(two_ranks, engine, "bf16_params", "none", force=True)
+    assert forced.losses == plain.losses
+    assert (plain.carried, forced.carried) == (["none", "none", "none"], ["none", "shards", "shards"])
+    for name, value in plain.masters.items():
+        assert torch.equal(forced.masters[name], value), name
+    for name, value in plain.parameters.items():
+        assert torch.equal(forced.parameters[name], value), name
+    remade = [name for name, value in plain.masters.items() if torch.equal(value, value.bfloat16().float())]
+    assert len(remade) < len(plain.masters) / 10, "the test could not see a difference"
+
+
+@pytest.mark.parametrize(("engine", "precision"), [("plain", "fp32"), ("ddp", "fp32"), *((e, "fp32") for e in DEEPSPEED), *CASES[-3:]])
+def test_freezing_frees_optimizer_state(two_ranks: TwoRanks, engine: str, precision: str) -> None:
+    found = of(two_ranks, engine, precision, "progtuning")
+    assert found.live_elements[0] > found.live_elements[1] > found.live_elements[2]
+    for size, elements, tensors in zip(found.state_bytes, found.live_elements, found.live_tensors, strict=True):
+        if engine in ("plain", "ddp"):
+            assert size == 8 * elements + 4 * tensors, "two moments, and a step for each tensor"
+        else:
+            # Master and moments of half the elements, padding and the steps apart.
+            assert size == pytest.approx(12 * elements / 2, rel=0.05)

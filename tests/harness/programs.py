@@ -1,0 +1,118 @@
+"""Whole runs: the command line in this process, and the launcher with one and with two."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from progscale.cli import main
+from progscale.config import load_config
+from progscale.errors import ConfigError
+from progscale.trackers import RunFolder
+from tests.harness.cases import reset_accelerate
+
+REPOSITORY = Path(__file__).parents[2]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
+TWO = ["--config_file", str(REPOSITORY / "configs" / "accelerate" / "cpu2.yaml")]
+# One epoch of six steps in three stages, on the demo.
+SMALL = {
+    "task.max_train_examples": 192,
+    "task.max_eval_examples": 51,
+    "train.epochs": 1,
+    "schedule.stages": 3,
+    "train.logging_steps": 1,
+    "run.name": "a",
+}
+
+
+@dataclass
+class Answer:
+    """What a command gave back."""
+
+    code: int
+    err: str
+    out: str = ""
+
+
+def settings(**changes: Any) -> list[str]:
+    """`--set` for the small demo with some values changed; `train__epochs` stands for train.epochs."""
+    values = {**SMALL, **{key.replace("__", "."): value for key, value in changes.items()}}
+    return [word for key, value in values.items() if value is not ... for word in ("--set", f"{key}={json.dumps(value)}")]
+
+
+def in_process(*arguments: str) -> Answer:
+    """`progscale …` in this process, as if no launcher had started it."""
+    reset_accelerate()
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main(arguments)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return Answer(code, err.getvalue(), out.getvalue())
+
+
+def launched(folder: Path, arguments: Sequence[str], *, launcher: Sequence[str] = ()) -> Answer:
+    """`accelerate launch … launch/train.py …` in `folder`, on a machine where no launcher ran before."""
+    hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {key: value for key, value in os.environ.items() if key not in hidden and not key.startswith("ACCELERATE")}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    command = [*LAUNCH, *launcher, str(REPOSITORY / "launch" / "train.py"), *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return Answer(done.returncode, done.stderr, done.stdout)
+
+
+def start_process_group() -> None:
+    """As a run does it; a group that is up stays."""
+    from progscale.engine.launch import make_accelerator
+
+    reset_accelerate()
+    make_accelerator(deepspeed=None)
+
+
+def same_config_on_all_ranks(seeds: Sequence[int]) -> str:
+    """What a rank says when rank r was started with the r-th of these seeds; runs in each rank."""
+    from progscale.setup import check_same_on_all_ranks
+
+    start_process_group()
+    try:
+        check_same_on_all_ranks(load_config([], [f"run.seed={seeds[int(os.environ['RANK'])]}"]))
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def folder_on_all_ranks(path: str) -> str:
+    """What a rank says when the main process claims a run folder; runs in each rank."""
+    from progscale.engine.ranks import on_main
+
+    start_process_group()
+    try:
+        folder = on_main(lambda: RunFolder(Path(path), {}, "hash"))
+    except ConfigError as error:
+        return str(error)
+    return "a folder" if folder is not None else "nothing"
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    """summary.json of a run folder."""
+    return dict(json.loads((folder / "summary.json").read_text()))
+
+
+def records(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """The records of a kind in metrics.jsonl."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def config_file(name: str) -> list[str]:
+    """A shipped config as an option."""
+    return ["--config", str(REPOSITORY / "configs" / f"{name}.json")]

@@ -1,0 +1,180 @@
+"""The command line: exit codes, what it prints, and plug-ins; a mistake is one message and never a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from progscale.config import load_config
+from tests.harness.programs import REPOSITORY, Answer, in_process
+
+
+Command = Callable[..., Answer]
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Runs the command line in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return in_process
+
+
+def test_without_a_command_it_helps(command: Command) -> None:
+    answer = command()
+    assert answer.code == 0
+    assert "train" in answer.out
+    assert "plan" in answer.out
+
+
+MISTAKES = [
+    (["trian"], "invalid choice: 'trian'"),
+    (["train", "--epochs", "3"], "unrecognized arguments: --epochs 3"),
+    (["train", "--conf", "a.json"], "unrecognized arguments: --conf"),
+    (["train", "--config", "missing.json"], "missing.json"),
+    (["train", "--set", "train.epoch=3"], "did you mean 'epochs'?"),
+    (["train", "--set", "train.epochs=0", "--set", "optimizer.lr=-1"], "2 faults"),
+    (["train", "--set", "task.name=dmo", "--set", "model.name=x"], "did you mean 'demo'?"),
+    (["train", "--set", "method.name=ful"], "did you mean 'full'?"),
+    (["train", "--set", "schedule.name=growin"], "did you mean 'growing'?"),
+    (["train", "--set", "model.family=berd"], "did you mean 'bert'?"),
+    (["train", "--set", "optimizer.name=adamv"], "did you mean 'adamw'?"),
+    (["train", "--plugin", "no_such_module"], "--plugin no_such_module: no such module"),
+    (["train", "--plugin", "no.such.module"], "--plugin no.such.module: no such module"),
+    (["train", "--set", "task.metric=evaluate:accuracy"], "allow it with --trust-remote-code"),
+    (["plan"], "no model named; give --model NAME"),
+    (["plan", "--model", "bert-lrge-uncased"], "did you mean 'bert-large-uncased'?"),
+    (["plan", "--model", "bert-base-uncased", "--epochs", "0"], "train.epochs: 0"),
+    (["plan", "--model", "bert-base-uncased", "--schedule", "progtunning"], "did you mean 'progtuning'?"),
+    (["plan", "--model", "bert-base-uncased", "--embeddings", "never ever"], "'always', 'first_stage', 'never'"),
+    (["plan", "--model", "bert-base-uncased", "--epochs", "three"], "invalid float value: 'three'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_mistakes(command: Command, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str) -> None:
+    # The hub's client reads its environment when it is imported, so the flag itself is set.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    answer = command(*arguments)
+    assert answer.code == 2
+    assert message in answer.err
+    assert len(re.findall(r"^progscale[^:]*: ", answer.err, re.MULTILINE)) == 1
+    assert "Traceback" not in answer.err
+    assert answer.out == ""
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_print_config_is_a_config(command: Command) -> None:
+    answer = command("train", "--set", "train.epochs=2", "--print-config")
+    assert answer.code == 0
+    Path("printed.json").write_text(answer.out)
+    assert load_config(["printed.json"]) == load_config([], ["train.epochs=2"])
+
+
+def test_list_options_names_every_key(command: Command) -> None:
+    answer = command("train", "--list-options")
+    assert answer.code == 0
+    keys = [line.split()[0] for line in answer.out.splitlines()]
+    assert {"run.seed", "model.name", "schedule.stages", "optimizer.lr", "train.nonfinite", "engine.deepspeed"} <= set(keys)
+    assert len(keys) == len(set(keys))
+
+
+def test_dry_run_shows_the_plan_and_writes_nothing(command: Command) -> None:
+    answer = command("train", "--dry-run", "--set", "task.max_train_examples=96", "--set", "train.epochs=2")
+    assert answer.code == 0
+    assert "demo encoder (bert) on demo: 96 training rows, 6 steps of 32 rows on 1 process, fp32" in answer.out
+    assert "blocks 3-5" in answer.out or "3" in answer.out
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_plan_gives_the_papers_figures(command: Command) -> None:
+    answer = command("plan", "--model", "bert-large-uncased", "--epochs", "3", "--format", "json")
+    assert answer.code == 0
+    plan = json.loads(answer.out)
+    assert plan["baseline_updated_parameters"] / 1e6 == pytest.approx(1005.4, abs=0.05)
+    assert plan["updated_parameters"] / 1e6 == pytest.approx(703.1, abs=0.05)
+    assert [stage["first_block"] for stage in plan["stages"]] in ([0, 8, 16], [{"blocks": first} for first in (0, 8, 16)])
+
+
+def test_plan_takes_short_forms_and_layers(command: Command) -> None:
+    Path("layer.json").write_text('{"model": {"name": "bert-base-uncased"}, "train": {"epochs": 6}}')
+    short = command("plan", "--model", "bert-base-uncased", "--epochs", "6", "--stages", "2", "--format", "json")
+    layered = command("plan", "--config", "layer.json", "--set", "schedule.stages=2", "--format", "json")
+    assert json.loads(short.out) == json.loads(layered.out)
+    table = command("plan", "--config", "layer.json")
+    assert table.code == 0
+    assert "{" not in table.out
+
+
+PLUGIN = '''
+"""A schedule and a model family of a user's own."""
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from progscale.models.family import Family, register_family
+from progscale.schedule import Request, register
+from progscale.tasks.demo import demo_tokenizer
+
+
+@register("alternating")
+def alternating(request: Request):
+    """Even blocks, then odd ones."""
+    return [range(t % 2, request.num_blocks, 2) for t in range(request.stages)]
+
+
+class Encoder(nn.Module):
+    def __init__(self, request):
+        super().__init__()
+        width = request.overrides.get("width", 8)
+        self.tokens = nn.Embedding(100, width)
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(width, 2, 16, batch_first=True) for _ in range(4))
+        self.out = nn.Linear(width, request.num_labels)
+
+    def forward(self, input_ids, attention_mask, **_):
+        hidden = self.tokens(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden, src_key_padding_mask=attention_mask == 0)
+        return SimpleNamespace(logits=self.out(hidden[:, 0]))
+
+
+register_family(
+    Family(
+        "mine", (), base="", embeddings=("tokens",), stacks={"blocks": "layers"}, head=("out",),
+        load=Encoder, load_tokenizer=lambda name: demo_tokenizer(),
+    )
+)
+'''
+
+
+def test_a_users_own_schedule_and_family(tmp_path: Path) -> None:
+    (tmp_path / "my_plugin.py").write_text(PLUGIN)
+    command = [sys.executable, "-m", "progscale", "train", "--plugin", "my_plugin"]
+    for value in (
+        *("model.name=anything", "model.family=mine", "task.name=demo", "schedule.name=alternating", "schedule.stages=2"),
+        *("train.epochs=1", "task.max_train_examples=64", "task.max_eval_examples=20", "run.name=a"),
+    ):
+        command += ["--set", value]
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "runs" / "a" / "summary.json").read_text())
+    assert [stage["first_block"] for stage in summary["stages"]] == [0, 1]
+    assert [stage["frozen_changed"] for stage in summary["stages"]] == [0, 0]
+    assert summary["updated_parameters"] == summary["planned_updated_parameters"]
+    assert (tmp_path / "runs" / "a" / "model" / "model.safetensors").exists()
+
+
+def test_a_plugin_that_fails_shows_its_own_error(command: Command) -> None:
+    """Not a mistake of the input: the author of the plug-in wants the traceback."""
+    Path("my_broken_plugin.py").write_text("import no_such_dependency\n")
+    with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
+        command("train", "--plugin", "my_broken_plugin")

@@ -1,0 +1,83 @@
+"""An exported model is what was trained, and others can load it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification, AutoTokenizer
+
+from progscale.engine.base import Engine
+from progscale.export import export_model
+from progscale.tasks.demo import demo_tokenizer
+from tests.harness.cases import make_engine
+from tests.tiny import FAMILY_NAMES, tiny_model
+
+INPUTS = {"input_ids": torch.arange(5, 17).view(2, 6), "attention_mask": torch.ones(2, 6, dtype=torch.long)}
+LABELS = ["no", "maybe", "yes"]
+
+
+def engine_over(module: nn.Module) -> Engine:
+    return make_engine(module.eval(), "plain")
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_round_trip(tmp_path: Path, family: str) -> None:
+    module = tiny_model(family, num_labels=3, id2label=dict(enumerate(LABELS)), label2id={n: i for i, n in enumerate(LABELS)})
+    export_model(engine_over(module), demo_tokenizer(), tmp_path / "model")
+    loaded, report = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert loaded.config.id2label == dict(enumerate(LABELS))
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(**INPUTS).logits, module(**INPUTS).logits)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert tokenizer("the fox")["input_ids"] == demo_tokenizer()("the fox")["input_ids"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_a_span_head(tmp_path: Path) -> None:
+    module = tiny_model("bert", "question_answering")
+    export_model(engine_over(module), None, tmp_path / "model")
+    loaded = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "model").eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(**INPUTS).start_logits, module(**INPUTS).start_logits)
+
+
+def test_a_better_model_takes_the_place_of_the_old(tmp_path: Path) -> None:
+    engine = engine_over(tiny_model("bert"))
+    export_model(engine, None, tmp_path / "model")
+    (tmp_path / "model" / "of the old one").write_text("")
+    (tmp_path / "model.partial").mkdir()
+    with torch.no_grad():
+        engine.parameters["classifier.bias"].fill_(7.0)
+    export_model(engine, None, tmp_path / "model")
+    assert load_file(tmp_path / "model" / "model.safetensors")["classifier.bias"].eq(7.0).all()
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
+    assert not (tmp_path / "model.partial").exists()
+
+
+class Own(nn.Module):
+    """No transformers model: a persistent buffer, one that is not, and a tied tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.second = nn.Linear(3, 3)
+        self.second.weight = self.first.weight
+        self.register_buffer("kept", torch.arange(3.0))
+        self.register_buffer("derived", torch.arange(4.0), persistent=False)
+
+
+def test_somebody_elses_module(tmp_path: Path) -> None:
+    module = Own()
+    export_model(engine_over(module), None, tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    assert sorted(tensors) == ["first.bias", "first.weight", "kept", "second.bias"]
+    fresh = Own()
+    assert fresh.load_state_dict(tensors, strict=False).missing_keys == ["second.weight"], "the tied name of another"
+    for name, value in module.state_dict().items():
+        assert torch.equal(fresh.state_dict()[name], value)

@@ -1,0 +1,117 @@
+"""The run folder never overwrites anything, and what it writes is whole; the console is quiet on other ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from progscale.errors import ConfigError
+from progscale.trackers import RunConsole, RunFolder, score_line, stage_table
+
+CONFIG = {"run": {"name": "a"}}
+
+
+def claim(path: Path, digest: str = "one") -> RunFolder:
+    return RunFolder(path, CONFIG, digest)
+
+
+def refused(path: Path, digest: str = "one") -> str:
+    before = sorted((file, file.read_bytes()) for file in path.parent.rglob("*") if file.is_file())
+    with pytest.raises(ConfigError) as caught:
+        claim(path, digest)
+    assert caught.value.exit_code == 2
+    assert sorted((file, file.read_bytes()) for file in path.parent.rglob("*") if file.is_file()) == before
+    return str(caught.value)
+
+
+def test_a_new_folder(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "ä run"
+    folder = claim(path)
+    folder.record("step", step=1, loss=0.5)
+    folder.record("evaluation", accuracy=1.0)
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["kind"] for line in lines] == ["step", "evaluation"], "each record is on disk at once"
+    assert lines[0]["loss"] == 0.5
+    assert lines[0]["time"] <= lines[1]["time"]
+    folder.write("summary.json", {"x": [1, 2]})
+    folder.close()
+    assert json.loads((path / "summary.json").read_text()) == {"x": [1, 2]}
+    assert json.loads((path / "config.json").read_text()) == {"hash": "one", **CONFIG}
+    assert not list(path.glob("*.partial"))
+
+
+def test_an_empty_folder_will_do(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    claim(tmp_path / "a").close()
+    assert (tmp_path / "a" / "config.json").exists()
+
+
+def test_the_same_run_again_moves_the_old_one_aside(tmp_path: Path) -> None:
+    for index in range(3):
+        folder = claim(tmp_path / "a")
+        folder.record("step", run=index)
+        folder.close()
+    runs = {path.name: json.loads((path / "metrics.jsonl").read_text())["run"] for path in tmp_path.iterdir()}
+    assert runs == {"a.1": 0, "a.2": 1, "a": 2}
+
+
+def test_another_run_is_refused(tmp_path: Path) -> None:
+    claim(tmp_path / "a").close()
+    message = refused(tmp_path / "a", "two")
+    assert "run.name: " in message
+    assert "holds a run of another config; choose another with --set run.name=…" in message
+
+
+def test_what_is_no_run_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "thesis.txt").write_text("precious")
+    assert "exists and is no run folder; choose another with --set run.name=…" in refused(tmp_path / "a")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", "\udcff"])
+def test_a_damaged_config_in_the_folder_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "config.json").write_bytes(content.encode(errors="surrogateescape"))
+    assert "choose another with --set run.name=…" in refused(tmp_path / "a")
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    """A file stands where a folder is needed; permissions do not stop the user root."""
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "a", tmp_path / ("x" * 300)):
+        message = refused(path)
+        assert "run.output_dir: " in message
+        assert "cannot be written (" in message
+        assert "choose another with --set run.output_dir=…" in message
+
+
+def test_the_console_of_another_rank_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    for is_main in (False, True):
+        console = RunConsole(is_main)
+        console.show("the plan")
+        console.begin(3)
+        for step in range(3):
+            console.step(step, 1, 0.25, 1e-4)
+        console.end()
+        shown = capsys.readouterr().out
+        assert shown == "" if not is_main else "the plan" in shown
+    lines = shown.splitlines()
+    assert "step 3/3  stage 1  loss 0.2500  lr 1.00e-04" in lines[-1]
+    assert len(lines) <= 3, "plain lines come seldom where there is no terminal, the last one always"
+
+
+def entry(**changes: Any) -> dict[str, Any]:
+    keys = ("updated_parameters", "planned_updated_parameters", "peak_memory_bytes", "optimizer_state_bytes")
+    seconds = ("train_seconds", "switch_seconds", "audit_seconds", "samples_per_second", "tokens_per_second")
+    return {"stage": 1, "first_block": 4, **dict.fromkeys((*keys, *seconds), 1_234_000), "frozen_changed": 0, **changes}
+
+
+def test_the_table_of_stages(capsys: pytest.CaptureFixture[str]) -> None:
+    RunConsole(True).show(stage_table([entry(), entry(stage=2, first_block={"encoder": 1, "decoder": 2})]))
+    shown = capsys.readouterr().out
+    assert "What each stage did" in shown
+    assert shown.count("1.23") >= 4
+    assert score_line("validation", {"accuracy": 0.5, "f1": 1.0}) == "validation: accuracy 0.5000  f1 1.0000"
