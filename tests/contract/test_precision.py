@@ -57,7 +57,9 @@ def test_a_forced_switch_carries_the_masters(two_ranks: TwoRanks, engine: str) -
     assert len(remade) < len(plain.masters) / 10, "the test could not see a difference"
 
 
-@pytest.mark.parametrize(("engine", "precision"), [("plain", "fp32"), ("ddp", "fp32"), *((e, "fp32") for e in DEEPSPEED), *CASES[-3:]])
+@pytest.mark.parametrize(
+    ("engine", "precision"), [("plain", "fp32"), ("ddp", "fp32"), *((e, "fp32") for e in DEEPSPEED), *CASES[-3:]]
+)
 def test_freezing_frees_optimizer_state(two_ranks: TwoRanks, engine: str, precision: str) -> None:
     found = of(two_ranks, engine, precision, "progtuning")
     assert found.live_elements[0] > found.live_elements[1] > found.live_elements[2]

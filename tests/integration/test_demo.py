@@ -105,7 +105,10 @@ def test_two_processes(alone: Path, tmp_path: Path, engine: str) -> None:
     ("change", "message"),
     [
         ({"train__epochs": "three"}, 'train.epochs: "three" (from --set) must be a number'),
-        ({"train__global_batch_size": 33}, "train.global_batch_size: 33 rows cannot be shared equally by 2 processes; use 32 or 34"),
+        (
+            {"train__global_batch_size": 33},
+            "train.global_batch_size: 33 rows cannot be shared equally by 2 processes; use 32 or 34",
+        ),
         ({"engine__name": "plain"}, "engine.name: 'plain' is one process, but 2 were started"),
     ],
 )

@@ -15,7 +15,6 @@ import pytest
 from progscale.config import load_config
 from tests.harness.programs import REPOSITORY, Answer, in_process
 
-
 Command = Callable[..., Answer]
 
 

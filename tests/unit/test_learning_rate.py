@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def test_the_curve_ends_at_the_final_fraction(curve: str) -> None:
     values = [rate(step) for step in range(41)]
     assert values[4] == 2.0
     assert values[40] == pytest.approx(0.6)
-    assert all(a > b for a, b in zip(values[4:], values[5:], strict=False))
+    assert all(a > b for a, b in pairwise(values[4:]))
 
 
 @pytest.mark.parametrize("warmup", [{"warmup_steps": 2}, {"warmup_fraction": 0.25}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -127,7 +128,7 @@ def layouts(draw: Any) -> list[list[tuple[str, int, int]]]:
     pieces = []
     for name, size in SIZES.items():
         cuts = sorted({0, size, *draw(st.lists(st.integers(0, size), max_size=3))})
-        pieces += [(name, start, end) for start, end in zip(cuts, cuts[1:], strict=False)]
+        pieces += [(name, start, end) for start, end in pairwise(cuts)]
     pieces = draw(st.permutations(pieces))
     return [pieces[index::3] for index in range(3) if pieces[index::3]]
 
