@@ -57,6 +57,8 @@ def prepare(config: Config, permissions: Permissions = NO_PERMISSIONS, *, dry_ru
     """
     set_up_cpu(config.run.threads)
     check_metric(config, permissions)
+    if config.model.name is None and config.task.name != "demo":
+        raise ConfigError(Fault("model.name", f"missing; task '{config.task.name}' brings no model of its own"))
     task: Task = TASKS.get(config.task.name)(config.task, seed=config.run.seed)
     task.check()
     request = model_request(config, task, permissions)

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pytest
 
 from tests.harness.worker import TwoRanks
+
+
+@pytest.fixture(autouse=True)
+def denormals_as_before() -> Iterator[None]:
+    """A run in the test process flushes denormals, which hypothesis refuses to work with."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_flush_denormal(False)
 
 
 @pytest.fixture(scope="session")

@@ -95,6 +95,12 @@ def _optimizer(checks: _Checks) -> None:
             f"{checks.got('optimizer.warmup_fraction')}; set one of them to null",
             "optimizer.warmup_fraction",
         )
+    if optimizer.lr_schedule == "constant" and optimizer.final_lr_fraction:
+        checks.fault(
+            "optimizer.final_lr_fraction",
+            f"{checks.value('optimizer.final_lr_fraction')} has no meaning with lr_schedule 'constant'; remove it",
+            "optimizer.lr_schedule",
+        )
 
 
 def _schedule(checks: _Checks) -> None:
@@ -185,7 +191,8 @@ def _engine(checks: _Checks) -> None:
 
 def _task(checks: _Checks) -> None:
     task, model = checks.config.task, checks.config.model
-    if model.name is None and task.name != "demo":
+    # A name that is not built in may be misspelt, which is said elsewhere, or another package's, which is asked later.
+    if model.name is None and task.name in (*GLUE_TASKS, *SQUAD_TASKS, "table"):
         checks.fault(
             "model.name",
             f"missing; {checks.got('task.name')} needs a model, e.g. the layer configs/models/bert-base.json or "

@@ -228,6 +228,24 @@ class DeepSpeedEngine(Engine):
         held = parameter.ds_tensor if self.zero_stage == 3 else parameter
         return held.detach()
 
+    def digests(self, names: Sequence[str]) -> dict[str, str]:
+        """A hash of this rank's bits; under ZeRO-3 it also tells when a copy that stays gathered differs from its partition."""
+        found = super().digests(names)
+        if self.zero_stage == 3:
+            for name in names:
+                if not self._copy_agrees(self.parameters[name]):
+                    found[name] += ", and the gathered copy differs"
+        return found
+
+    def _copy_agrees(self, parameter: Any) -> bool:
+        """Small parameters stay whole on every rank; the forward pass reads that copy and not the partition."""
+        if parameter.ds_status.name != "AVAILABLE":
+            return True
+        held = parameter.ds_tensor.detach().view(-1)
+        start = self.rank * held.numel()
+        mine = parameter.detach().view(-1)[start : start + held.numel()]
+        return torch.equal(mine, held[: mine.numel()].to(mine.device))
+
     def full_parameters(self, names: Sequence[str] | None = None) -> Iterator[tuple[str, torch.Tensor | None]]:
         """Whole parameters, gathered one at a time under ZeRO-3."""
         import deepspeed

@@ -154,4 +154,4 @@ def find_compiler() -> None:
 
 def _accelerate_config(deepspeed: Mapping[str, Any]) -> dict[str, Any]:
     """A config that satisfies Accelerate's own start; every stage writes its real one."""
-    return {**copy.deepcopy(dict(deepspeed)), "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+    return {**copy.deepcopy(dict(deepspeed)), "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2}

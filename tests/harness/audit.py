@@ -31,7 +31,9 @@ def audited_stage(engine: str, flip_on: int | None) -> dict[str, Any]:
     meter.start()
     train(made, builds[1], module.config.vocab_size, meter)
     if flip_on == made.rank:
-        flip_bit(made._local_tensor(victim))
+        # What this rank keeps under ZeRO-3 is its partition; the whole tensor comes and goes.
+        parameter = made.parameters[victim]
+        flip_bit(parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter.data)
     changed, record, error = audit.changed(), None, None
     try:
         record = meter.finish(steps_per_epoch=STEPS_PER_EPOCH, first_block=1, switch_seconds=0.0, carried="shards").to_json()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import cache
 
 import torch
 
@@ -27,15 +26,6 @@ class Moved:
     steps_after: dict[str, int] = field(default_factory=dict)
     largest_moment_of_thawed: float = 0.0
     thawed: list[str] = field(default_factory=list)
-
-
-@cache
-def settle() -> None:
-    """Takes what the libraries made at import out of every later collection, which would go through it all each time."""
-    import deepspeed  # noqa: F401
-
-    gc.collect()
-    gc.freeze()
 
 
 def take_steps(engine: Engine, build: StageBuild, rows: int, micro: int, vocabulary: int, curve: LearningRate) -> list[float]:
@@ -67,7 +57,6 @@ def carry(
     first: str, second: str, schedule: str, steps: int = 6, rows: int = 8, micro: int = 4, blocks: int = 4, family: str = "bert"
 ) -> Moved:
     """Trains the first of two stages with engine `first`, carries the state into `second`, and trains the other stage."""
-    settle()
     module = tiny_model(family, blocks=blocks).train()
     _, builds = builds_of(module, schedule, "always", 2, steps, "full", {})
     curve = LearningRate(1e-3, "linear", steps, warmup_steps=1, final_fraction=0.1)
@@ -112,15 +101,23 @@ class Leftovers:
 
 
 def alive_objects() -> dict[str, int]:
-    """Live DeepSpeed engines and ZeRO optimizers, by kind."""
+    """Live objects of DeepSpeed, by kind; each of them holds a whole engine, or the buffers of one."""
     gc.collect()
     from deepspeed.runtime.base_optimizer import ZeROOptimizer
     from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
     found = gc.get_objects()
     # isinstance would wake torch's lazy modules.
-    kinds = {"engine": DeepSpeedEngine, "optimizer": ZeROOptimizer, "torch optimizer": torch.optim.AdamW}
-    return {name: sum(issubclass(type(thing), kind) for thing in found) for name, kind in kinds.items()}
+    kinds = {
+        "engine": DeepSpeedEngine,
+        "optimizer": ZeROOptimizer,
+        "torch optimizer": torch.optim.AdamW,
+        "coordinator": PartitionedParameterCoordinator,
+    }
+    counts = {name: sum(issubclass(type(thing), kind) for thing in found) for name, kind in kinds.items()}
+    return {**counts, "module stack": len(parameter_offload.FWD_MODULE_STACK)}
 
 
 def hooks_of(module: torch.nn.Module) -> dict[str, int]:
@@ -150,7 +147,6 @@ def attributes_of(module: torch.nn.Module) -> list[str]:
 
 def many_stages(engine: str, count: int = 20) -> Leftovers:
     """Begins `count` stages that shrink and grow again, one step in each."""
-    settle()
     module = tiny_model("bert", blocks=4).train()
     hooks, attributes = hooks_of(module), attributes_of(module)
     made = make_engine(module, engine)
@@ -181,7 +177,6 @@ class Regime:
 
 def regime(engine: str, precision: str, schedule: str, force: bool = False, steps: int = 6, blocks: int = 4) -> Regime:
     """Three stages of two steps; with `force` every boundary rebuilds the engine."""
-    settle()
     module = tiny_model("bert", blocks=blocks).train()
     made = make_engine(module, engine, precision=precision)
     parts, builds = builds_of(module, schedule, "always", 3, steps, "full", {})

@@ -72,11 +72,12 @@ def config_for(deepspeed: dict[str, Any], world: int = 2, **settings: Any) -> di
 def test_auto_buckets_follow_the_hidden_size() -> None:
     assert config_for(ZERO3)["zero_optimization"] == {
         "stage": 3,
-        "reduce_bucket_size": 1024,
+        "reduce_bucket_size": 5_000_000,
         "stage3_prefetch_bucket_size": 921,
         "stage3_param_persistence_threshold": 320,
     }
-    assert config_for(ZERO2)["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1024}
+    wide = stage_config(ZERO2, EngineSettings(), 2, hidden=4096)
+    assert wide["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 4096 * 4096}
     literal = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 7}}
     assert config_for(literal)["zero_optimization"] == literal["zero_optimization"]
 
