@@ -269,9 +269,11 @@ def forget_globals(module: torch.nn.Module) -> None:
     """Module-level state of DeepSpeed that grows with each ZeRO-3 engine and keeps coordinator and model alive."""
     from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
 
-    # Every ZeRO-3 engine leaves its root module at the bottom of this stack.
+    # Every ZeRO-3 engine leaves its root module at the bottom of this stack; gradient checkpointing, which breaks off a
+    # recomputed forward pass when it has what it needs, leaves modules of each block on top.
+    own = set(module.modules())
     stack = parameter_offload.FWD_MODULE_STACK
-    stack[:] = [entry for entry in stack if entry is not module]
+    stack[:] = [entry for entry in stack if entry not in own]
     # An lru_cache on a method: its keys hold the coordinator and all modules.
     coordinator = partitioned_param_coordinator.PartitionedParameterCoordinator
     cached = vars(coordinator)["_PartitionedParameterCoordinator__params_to_release"]

@@ -84,7 +84,7 @@ def test_mrpc(tmp_path: Path, encoder: Path) -> None:
 
 
 def test_stsb(tmp_path: Path, encoder: Path) -> None:
-    values = {"task__max_train_examples": 2000, "train__epochs": 1, "train__global_batch_size": 16, "optimizer__lr": 3e-4}
+    values = {"task__max_train_examples": 2000, "train__epochs": 2, "train__global_batch_size": 8, "optimizer__lr": 1e-4}
     summary = run(tmp_path, encoder, "stsb", "glue/STS-B", **values)
     assert summary["metrics"]["spearman"] > 0.7
     assert abs(summary["metrics"]["spearman"] - summary["metrics"]["pearson"]) < 0.1
