@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -92,7 +93,10 @@ class DeepSpeedEngine(Engine):
         # Accelerate would destroy the engine once more.
         self.accelerator.deepspeed_engine_wrapped = None
         del engine
-        self.accelerator.free_memory()  # also collects the engine's reference cycles
+        self.accelerator.free_memory()
+        # free_memory collects before it lets go of the engine itself; without this the old optimizer and its masters would
+        # stay beside the new ones until Python happens to collect.
+        gc.collect()
 
     # -- a step ---------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,6 +65,7 @@ def load_partitioned(request: ModelRequest, family: Family, deepspeed: Mapping[s
                 continue
             _fill(module, child, [f"{name}.{key}" if name else key for key in own], sources, missing)
             partition_parameters(child)
+            give_back_memory()
     # Tied names still point at the empty tensor that was there before.
     tie_weights(module)
     module.eval()
@@ -135,6 +137,16 @@ def _fill(module: Any, child: torch.nn.Module, names: list[str], sources: dict[s
     if any(name in missing for name in names):
         child._is_hf_initialized = False  # type: ignore[assignment]
         module._init_weights(child)
+
+
+def give_back_memory() -> None:
+    """Returns freed pages to the system, where the C library can: whole tensors freed between partitions leave holes.
+
+    Without it a rank's resident memory reached 0.8 of a 1 GB model instead of 0.53.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 @contextmanager

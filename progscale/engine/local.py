@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -34,7 +35,8 @@ class LocalEngine(Engine):
     def _release(self) -> None:
         self.optimizer = None
         self._model = None
-        self.accelerator.free_memory()  # also collects the cycles that DDP leaves
+        self.accelerator.free_memory()
+        gc.collect()  # free_memory collects before it lets go of the model itself
 
     def _wrapped(self) -> Callable[..., Any]:
         return self._model
