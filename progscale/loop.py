@@ -50,7 +50,7 @@ def train(session: Session) -> dict[str, Any]:
         progress.stages.append(record)
         s.log("stage", **record.to_json())
     s.console.end()
-    if config.train.save_model == "last" and s.model_path is not None:
+    if config.train.save_model == "last":
         export_model(engine, s.tokenizer, s.model_path)
     return finish(s, progress)
 
@@ -99,7 +99,7 @@ def evaluate(s: Session, progress: Progress, step: int) -> None:
     s.log("evaluation", step=step, **metrics)
     if s.is_better(metrics, progress.best):
         progress.best, progress.best_step = metrics, step
-        if s.config.train.save_model == "best" and s.model_path is not None:
+        if s.config.train.save_model == "best":
             export_model(s.engine, s.tokenizer, s.model_path)
 
 

@@ -182,7 +182,7 @@ class StageMeter:
         if changed:
             raise AuditError(
                 f"stage {stage.index}: {len(changed)} frozen tensors changed their bits, the first of them {changed[0]}. "
-                "This must never happen: the run is stopped and its model not exported"
+                "This must never happen: the run is stopped; do not use a model that it exported"
             )
         seconds = max(self.seconds, 1e-9)
         return StageRecord(

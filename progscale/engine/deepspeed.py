@@ -111,7 +111,7 @@ class DeepSpeedEngine(Engine):
     def _backward(self, loss: torch.Tensor, last: bool) -> None:
         self._engine.backward(loss, scale_wrt_gas=False)
         if not last:
-            # Off the boundary this only counts the micro-batch; without it ZeRO would overwrite instead of accumulate.
+            # Off the boundary this only counts the micro-batch; releases before 0.19.8 were measured with it and without.
             self._engine.step()
 
     def _zero(self) -> Any:
