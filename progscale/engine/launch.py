@@ -18,6 +18,12 @@ from progscale.engine.base import Engine, EngineSettings
 from progscale.engine.local import LocalEngine
 from progscale.errors import UserError
 
+
+def world_size() -> int:
+    """Processes that the launcher started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def set_up_cpu(threads: int | None = None) -> int:
     """Thread count and denormal handling of this process; to be called before any tensor work.
 
