@@ -95,6 +95,9 @@ def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
     builds = build_for(stages, parts, METHODS.get("full")(), weight_decay=0.01)
     settings = EngineSettings(options.precision, micro_batch_size=options.rows)
     engine = create_engine(module, settings, accelerator, ZERO[kind])
+    # As a run does it: each switch collects the old engine, and would scan all that importing left each time.
+    gc.collect()
+    gc.freeze()
     switch, audit, resident, carried, changed = [], [], [], [], 0
     # The first build switches from nothing, and is not counted.
     for index, build in enumerate(itertools.islice(itertools.cycle(builds), options.switches + 1)):
@@ -124,6 +127,7 @@ def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
     result["alive_after_collection"] = live_objects()
     engine.close()
     del engine, module
+    gc.unfreeze()
     gc.collect()
     result["left_after_close"] = live_objects()
     return result

@@ -160,6 +160,13 @@ class Engine(ABC):
             self._load_scaler_state(scale)
         return Switch(True, time.perf_counter() - start, carried)
 
+    def _forget_prepared(self) -> None:
+        """Lets Accelerate drop the old stage's model and optimizer, and collects the cycles that keep them alive."""
+        # free_memory collects first and empties these lists after; the other way round one collection is enough.
+        self.accelerator._models.clear()
+        self.accelerator._optimizers.clear()
+        self.accelerator.free_memory()
+
     def _set_trainable(self, build: StageBuild) -> None:
         live = build.live
         for name, parameter in self.parameters.items():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -93,10 +92,7 @@ class DeepSpeedEngine(Engine):
         # Accelerate would destroy the engine once more.
         self.accelerator.deepspeed_engine_wrapped = None
         del engine
-        self.accelerator.free_memory()
-        # free_memory collects before it lets go of the engine itself; without this the old optimizer and its masters would
-        # stay beside the new ones until Python happens to collect.
-        gc.collect()
+        self._forget_prepared()
 
     # -- a step ---------------------------------------------------------------------------------------------------
 
@@ -117,13 +113,16 @@ class DeepSpeedEngine(Engine):
     def _zero(self) -> Any:
         return self._engine.optimizer
 
+    def _flats(self) -> list[Any]:
+        """This rank's flat fp32 partitions, which the optimizer steps."""
+        zero = self._zero()
+        return list(zero.fp32_partitioned_groups_flat if self.zero_stage == 3 else zero.single_partition_of_fp32_groups)
+
     def _gradients(self) -> list[torch.Tensor]:
         """This rank's reduced gradients at the boundary; each element lies on one rank, padding is 0."""
-        zero = self._zero()
         if self.offloads:
-            flats = zero.fp32_partitioned_groups_flat if self.zero_stage == 3 else zero.single_partition_of_fp32_groups
-            return [flat.grad for flat in flats]
-        return [tensor for group in zero.averaged_gradients.values() if group is not None for tensor in group]
+            return [flat.grad for flat in self._flats()]
+        return [tensor for group in self._zero().averaged_gradients.values() if group is not None for tensor in group]
 
     def _gradient_norm_squared(self) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float32, device=self.device)
@@ -137,33 +136,23 @@ class DeepSpeedEngine(Engine):
         zero.zero_grad()
         zero._epilogue_ran_this_backward = False
         if self.zero_stage == 3:
-            self._discard_stage3(zero)
-            return
-        zero.micro_step_id = -1
-        for key in list(zero.averaged_gradients):
-            zero.averaged_gradients[key] = None
-            zero.all_grad_tensors[key] = None
-        if self.offloads:
-            zero.reset_cpu_buffers()
-            zero._offload_accumulated_param_ids = set()
-            for flat in zero.single_partition_of_fp32_groups:
-                flat.grad.zero_()
-
-    def _discard_stage3(self, zero: Any) -> None:
-        zero.micro_step_id = 0
-        zero._offload_boundary_param_ids = set()
-        for bucket in zero.ipg_buckets.values():
-            bucket.clear_params()
-        zero._partition_all_parameters()
-        if self.offloads:
-            zero.reset_cpu_buffers()
-            for flat in zero.fp32_partitioned_groups_flat:
-                flat.grad.zero_()
-        else:
+            zero.micro_step_id = 0
+            zero._offload_boundary_param_ids = set()
             zero.averaged_gradients = {}
-            zero.grad_partitions_flat_buffer.zero_()
-        if zero.persistent_parameters:
-            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+            for bucket in zero.ipg_buckets.values():
+                bucket.clear_params()
+            zero._partition_all_parameters()
+            if zero.persistent_parameters:
+                zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+        else:
+            zero.micro_step_id = -1
+            zero._offload_accumulated_param_ids = set()
+            for key in list(zero.averaged_gradients):
+                zero.averaged_gradients[key] = None
+                zero.all_grad_tensors[key] = None
+        if self.offloads:
+            zero.reset_cpu_buffers()
+        self._clear_gradients()
 
     def _apply(self, learning_rate: float, grad_norm: float) -> bool:
         for group in self._zero().param_groups:
@@ -174,12 +163,10 @@ class DeepSpeedEngine(Engine):
 
     def _clear_gradients(self) -> None:
         """A live parameter that gets no gradient in the next step must not meet this step's (ZeRO-3, and offload)."""
-        zero = self._zero()
         if self.zero_stage == 3:
-            zero.grad_partitions_flat_buffer.zero_()
+            self._zero().grad_partitions_flat_buffer.zero_()
         if self.offloads:
-            flats = zero.fp32_partitioned_groups_flat if self.zero_stage == 3 else zero.single_partition_of_fp32_groups
-            for flat in flats:
+            for flat in self._flats():
                 if flat.grad is not None:
                     flat.grad.zero_()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -35,8 +34,7 @@ class LocalEngine(Engine):
     def _release(self) -> None:
         self.optimizer = None
         self._model = None
-        self.accelerator.free_memory()
-        gc.collect()  # free_memory collects before it lets go of the model itself
+        self._forget_prepared()
 
     def _wrapped(self) -> Callable[..., Any]:
         return self._model
