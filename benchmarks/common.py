@@ -113,15 +113,14 @@ def write_json(path: Path | None, content: Any) -> None:
         print(f"written: {path}")
 
 
-ZERO: dict[str, dict[str, Any] | None] = {
-    "plain": None,
-    "ddp": None,
-    "zero1": {"zero_optimization": {"stage": 1}},
-    "zero2": {"zero_optimization": {"stage": 2}},
-    "zero3": {"zero_optimization": {"stage": 3}},
-    "zero2-offload": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
-    "zero3-offload": {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}},
-}
+def shipped_engine(name: str) -> dict[str, Any]:
+    """The DeepSpeed JSON of one of the repository's engine configs."""
+    content: dict[str, Any] = json.loads((REPOSITORY / "configs" / f"{name}.json").read_text())["engine"]["deepspeed"]
+    return content
+
+
+ZERO_ENGINES = ("zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
+ZERO: dict[str, dict[str, Any] | None] = {"plain": None, "ddp": None} | {name: shipped_engine(name) for name in ZERO_ENGINES}
 
 
 def torchrun(ranks: int, script: str, *options: str) -> None:

@@ -5,7 +5,8 @@
 
 The one-process side (plain PyTorch engine) runs first, in a process of its own, and leaves its parameters in a temporary file;
 then ZeRO-2 and ZeRO-3 on two ranks, one after the other. Two stages of progtuning, one switch, two steps before and after it,
-dropout off.
+dropout off. `plain, split` is the control: one process again, each batch in the halves that the ranks see; it differs from the
+reference by the order of summation alone.
 
 How to read it: `parameter gap` is the largest difference of any element of any parameter at the end, `in steps of Adam` the same
 over the learning rate (Adam moves an element by at most about that much in a step; where a gradient is nearly 0, rounding alone
@@ -40,6 +41,8 @@ from common import (
 )
 from switch_cost import Micro, row_loss
 
+SPLIT = "plain, split"
+
 
 def rows_of(step: int, rows: int, length: int, rank: int, world_size: int) -> Micro:
     """This rank's rows of a global batch that is the same at any world size."""
@@ -66,7 +69,7 @@ def run_side(options: argparse.Namespace) -> None:
 
     quiet_libraries()
     set_up_cpu(options.threads)
-    deepspeed = ZERO[options.side]
+    deepspeed = ZERO.get(options.side)
     accelerator = make_accelerator(deepspeed=deepspeed)
     memory = MemoryMeter(torch.device(accelerator.device))
     off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -93,15 +96,17 @@ def run_side(options: argparse.Namespace) -> None:
         carried.append(switch.carried)
         audit = Audit(engine, [name for name in parts.parameters if name not in build.live])
         for step in range(build.stage.start_step, build.stage.end_step):
-            micro = rows_of(step, options.rows, options.length, engine.rank, engine.world_size)
-            losses.append(engine.train_step([micro], options.rows, row_loss, options.lr).loss)
+            halves = 2 if options.side == SPLIT else 1
+            shares = [(engine.rank + half, engine.world_size * halves) for half in range(halves)]
+            micro = [rows_of(step, options.rows, options.length, *share) for share in shares]
+            losses.append(engine.train_step(micro, options.rows, row_loss, options.lr).loss)
         changed += len(audit.changed())
     peaks = [entry["peak_memory_bytes"] for entry in engine.gather_objects(memory.peak())]
     result: dict[str, Any] = {"engine": engine.name, "losses": losses, "frozen_changed": changed, "peak_memory_bytes": peaks}
     # The first build switches from nothing.
     result |= {"switch_seconds": switches[1:], "carried": carried[1:]}
     reference = options.folder / "reference.safetensors"
-    if deepspeed is None:
+    if options.side == "plain":
         save_file({name: value.contiguous() for name, value in engine.full_parameters() if value is not None}, reference)
         result["parameters"] = sum(parts.parameters[name].numel for name in parts.parameters)
     else:
@@ -141,9 +146,9 @@ def main(given: Sequence[str] | None = None) -> None:
     passed = list(sys.argv[1:] if given is None else given)
     sides = {}
     with tempfile.TemporaryDirectory() as folder:
-        for side in ("plain", *options.engines):
+        for side in ("plain", SPLIT, *options.engines):
             own = [*passed, "--folder", folder, "--side", side]
-            if side == "plain":
+            if side in ("plain", SPLIT):
                 subprocess.run([sys.executable, __file__, *own], cwd=REPOSITORY, env=quiet_environment(), check=True)
             else:
                 torchrun(2, __file__, *own)

@@ -14,13 +14,13 @@ from progscale.blocks import Partition, partition
 from progscale.config import Config, config_hash, dump_config, micro_batch_size
 from progscale.data import TrainLoader, pad_values
 from progscale.engine import ranks
-from progscale.engine.base import EngineSettings
+from progscale.engine.base import Engine, EngineSettings
 from progscale.engine.launch import check_precision, create_engine, make_accelerator, set_up_cpu
 from progscale.engine.loading import load_module
 from progscale.errors import ConfigError, Fault, ModelError
 from progscale.learning_rate import LearningRate
 from progscale.meters import MemoryMeter
-from progscale.methods import METHODS
+from progscale.methods import METHODS, Method
 from progscale.models.family import Family, ModelRequest
 from progscale.models.loading import build_meta, find_family
 from progscale.models.tokenizers import check_tokenizer, load_tokenizer
@@ -28,7 +28,7 @@ from progscale.optim import AdamW, build_for
 from progscale.plan import Plan, make_plan, render_plan, schedule_options
 from progscale.schedule import Stage, build_stages
 from progscale.session import Session
-from progscale.tasks.base import TASKS, Task
+from progscale.tasks.base import TASKS, Task, Tokenized
 from progscale.tasks.demo import DEMO_MODEL, demo_tokenizer
 from progscale.trackers import RunConsole, RunFolder
 
@@ -46,6 +46,17 @@ NO_PERMISSIONS = Permissions()
 PARAMETER_DTYPES = {"bf16_params": torch.bfloat16, "fp16": torch.float16}
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a config names, found and checked; no weight is loaded yet, and no other rank is needed for it."""
+
+    task: Task
+    request: ModelRequest
+    family: Family
+    skeleton: torch.nn.Module
+    tokenizer: Any
+
+
 def prepare(config: Config, permissions: Permissions = NO_PERMISSIONS, *, dry_run: bool = False) -> Session | Plan:
     """Everything a run needs, in the order in which mistakes are cheapest to find.
 
@@ -56,6 +67,62 @@ def prepare(config: Config, permissions: Permissions = NO_PERMISSIONS, *, dry_ru
         UserError: config, data, schedule or model do not fit; the run folder has not been touched.
     """
     set_up_cpu(config.run.threads)
+    found = find_inputs(config, permissions)
+    task, family = found.task, found.family
+    accelerator = join_ranks(config)
+    console = RunConsole(accelerator.is_main_process)
+    splits, padding = task.tokenize(found.tokenizer, config.train.max_length), pad_values(found.tokenizer)
+    loader = make_loader(config, splits["train"], padding, accelerator)
+    total_steps = total_steps_of(config, loader.steps_per_epoch)
+    method = METHODS.get(config.method.name)()
+    with torch.device("meta"):
+        parts = partition(method.prepare(found.skeleton), family)
+    stages = stages_of(config, parts, total_steps)
+    model = "demo encoder" if config.model.name is None else found.request.name
+    plan = make_plan(parts, stages, method, loader.steps_per_epoch, model=model, schedule=config.schedule.name)
+    world_size = int(accelerator.num_processes)
+    console.show(
+        f"{model} ({family.name}) on {task.name}: {len(splits['train'])} training rows, "
+        f"{total_steps} steps of {config.train.global_batch_size} rows on {world_size} "
+        f"{'process' if world_size == 1 else 'processes'}, {config.train.precision}"
+    )
+    console.show(render_plan(plan))
+    if dry_run:
+        return plan
+
+    folder = ranks.on_main(lambda: open_folder(config, plan))
+    memory = MemoryMeter(torch.device(accelerator.device))
+    engine = make_engine(config, found, method, accelerator)
+    # What is here now stays to the end. Without this each switch would scan it all in search of the old engine's cycles.
+    gc.collect()
+    gc.freeze()
+    decay, decay_all = config.optimizer.weight_decay, config.optimizer.decay_bias_and_norm
+    return Session(
+        config=config,
+        task=task,
+        tokenizer=found.tokenizer,
+        padding=padding,
+        splits=splits,
+        loader=loader,
+        partition=parts,
+        builds=build_for(stages, parts, method, weight_decay=decay, decay_bias_and_norm=decay_all),
+        plan=plan,
+        learning_rate=learning_rate_of(config, stages, total_steps),
+        engine=engine,
+        memory=memory,
+        console=console,
+        folder=folder,
+        total_steps=total_steps,
+        steps_per_epoch=loader.steps_per_epoch,
+    )
+
+
+def find_inputs(config: Config, permissions: Permissions) -> Inputs:
+    """Task, model without weights and tokenizer.
+
+    Raises:
+        UserError: one of them is missing, or they do not go together.
+    """
     check_metric(config, permissions)
     if config.model.name is None and config.task.name != "demo":
         raise ConfigError(Fault("model.name", f"missing; task '{config.task.name}' brings no model of its own"))
@@ -66,95 +133,59 @@ def prepare(config: Config, permissions: Permissions = NO_PERMISSIONS, *, dry_ru
     skeleton = build_meta(request, family)
     tokenizer = demo_tokenizer() if config.model.name is None else tokenizer_of(config, family, permissions)
     check_tokenizer(tokenizer, getattr(skeleton, "config", None), config.train.max_length, family)
+    return Inputs(task, request, family, skeleton, tokenizer)
 
+
+def join_ranks(config: Config) -> Any:
+    """The Accelerator of this run, once all ranks are there and want the same.
+
+    Raises:
+        UserError: ranks, device or precision do not fit the config, or the ranks' configs differ.
+    """
     deepspeed = config.engine.deepspeed
     accelerator = make_accelerator(deepspeed=deepspeed, timeout_seconds=config.engine.timeout_seconds)
-    world_size, rank, is_main = int(accelerator.num_processes), int(accelerator.process_index), accelerator.is_main_process
     check_precision(config.train.precision, torch.device(accelerator.device), deepspeed is not None)
     check_same_on_all_ranks(config)
-    check_engine(config, world_size)
-    rows_at_once = micro_batch_size(config, world_size)
-    console = RunConsole(is_main)
-    splits = task.tokenize(tokenizer, config.train.max_length)
-    padding = pad_values(tokenizer)
-    on_gpu = torch.device(accelerator.device).type == "cuda"
-    loader = TrainLoader(
-        splits["train"],
+    check_engine(config, int(accelerator.num_processes))
+    return accelerator
+
+
+def make_loader(config: Config, split: Tokenized, padding: dict[str, int], accelerator: Any) -> TrainLoader:
+    """This rank's share of the training batches."""
+    world_size, on_gpu = int(accelerator.num_processes), torch.device(accelerator.device).type == "cuda"
+    return TrainLoader(
+        split,
         padding,
         global_batch_size=config.train.global_batch_size,
-        micro_batch_size=rows_at_once,
+        micro_batch_size=micro_batch_size(config, world_size),
         max_tokens=config.train.max_tokens_per_micro_batch,
         seed=config.run.seed,
         world_size=world_size,
-        rank=rank,
+        rank=int(accelerator.process_index),
         group_by_length=config.train.group_by_length,
         num_workers=config.train.num_workers,
         pin_memory=on_gpu,
         multiple_of=8 if on_gpu else 1,  # tensor cores; on a CPU it is padding and nothing else
     )
-    total_steps = total_steps_of(config, loader.steps_per_epoch)
-    method = METHODS.get(config.method.name)()
-    with torch.device("meta"):
-        parts = partition(method.prepare(skeleton), family)
-    stages = stages_of(config, parts, total_steps)
-    name = "demo encoder" if config.model.name is None else request.name
-    plan = make_plan(parts, stages, method, loader.steps_per_epoch, model=name, schedule=config.schedule.name)
-    rows = {name: len(split) for name, split in splits.items()}
-    console.show(
-        f"{name} ({family.name}) on {task.name}: {rows['train']} training rows, "
-        f"{total_steps} steps of {config.train.global_batch_size} rows on {world_size} "
-        f"{'process' if world_size == 1 else 'processes'}, {config.train.precision}"
-    )
-    console.show(render_plan(plan))
-    if dry_run:
-        return plan
 
-    folder = ranks.on_main(lambda: open_folder(config, plan))
-    # From here on every rank needs the same weights, also those of a new head.
+
+def make_engine(config: Config, found: Inputs, method: Method, accelerator: Any) -> Engine:
+    """The model with its weights, in the engine that the config asks for. A collective."""
+    train, optimizer, deepspeed = config.train, config.optimizer, config.engine.deepspeed
+    # Every rank needs the same weights, also those of a new head.
     torch.manual_seed(config.run.seed)
-    memory = MemoryMeter(torch.device(accelerator.device))
-    module = method.prepare(
-        load_module(request, family, deepspeed, dtype=PARAMETER_DTYPES.get(config.train.precision, torch.float32))
-    )
-    if config.train.gradient_checkpointing:
+    dtype = PARAMETER_DTYPES.get(train.precision, torch.float32)
+    module = method.prepare(load_module(found.request, found.family, deepspeed, dtype=dtype))
+    if train.gradient_checkpointing:
         enable_checkpointing(module)
     module.train()
     settings = EngineSettings(
-        precision=config.train.precision,
-        optimizer=AdamW(
-            (config.optimizer.betas[0], config.optimizer.betas[1]), config.optimizer.eps, config.train.fused_optimizer
-        ),
-        max_grad_norm=config.train.max_grad_norm,
-        micro_batch_size=rows_at_once,
+        precision=train.precision,
+        optimizer=AdamW((optimizer.betas[0], optimizer.betas[1]), optimizer.eps, train.fused_optimizer),
+        max_grad_norm=train.max_grad_norm,
+        micro_batch_size=micro_batch_size(config, int(accelerator.num_processes)),
     )
-    engine = create_engine(module, settings, accelerator, deepspeed)
-    # What is here now stays to the end. Without this each switch would scan it all in search of the old engine's cycles.
-    gc.collect()
-    gc.freeze()
-    return Session(
-        config=config,
-        task=task,
-        tokenizer=tokenizer,
-        padding=padding,
-        splits=splits,
-        loader=loader,
-        partition=parts,
-        builds=build_for(
-            stages,
-            parts,
-            method,
-            weight_decay=config.optimizer.weight_decay,
-            decay_bias_and_norm=config.optimizer.decay_bias_and_norm,
-        ),
-        plan=plan,
-        learning_rate=learning_rate_of(config, stages, total_steps),
-        engine=engine,
-        memory=memory,
-        console=console,
-        folder=folder,
-        total_steps=total_steps,
-        steps_per_epoch=loader.steps_per_epoch,
-    )
+    return create_engine(module, settings, accelerator, deepspeed)
 
 
 def check_metric(config: Config, permissions: Permissions) -> None:

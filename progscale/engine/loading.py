@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,29 +51,24 @@ def load_partitioned(request: ModelRequest, family: Family, deepspeed: Mapping[s
 
     config = load_config(request)
     with init_empty_weights(include_buffers=False):
-        module: torch.nn.Module = auto_class(request, config).from_config(
+        module: Any = auto_class(request, config).from_config(
             config, dtype=torch.float32, trust_remote_code=request.trust_remote_code
         )
-    tie_weights(module)
+    module.tie_weights()
     sources = _sources(module, checkpoint_files(request.name, request.revision))
     missing = _missing(module, family, sources, request)
-    with zero_init(deepspeed, dtype) as partition_parameters:
-        for name, child in module.named_modules():
-            own = [key for key, parameter in child._parameters.items() if parameter is not None and parameter.is_meta]
-            if not own:
-                continue
-            _fill(module, child, [f"{name}.{key}" if name else key for key in own], sources, missing)
-            partition_parameters(child)
-            give_back_memory()
+    partition_own = partitioner(deepspeed, dtype)
+    for name, child in module.named_modules():
+        own = [key for key, parameter in child._parameters.items() if parameter is not None and parameter.is_meta]
+        if not own:
+            continue
+        _fill(module, child, [f"{name}.{key}" if name else key for key in own], sources, missing)
+        partition_own(child)
+        give_back_memory()
     # Tied names still point at the empty tensor that was there before.
-    tie_weights(module)
+    module.tie_weights()
     module.eval()
     return module
-
-
-def tie_weights(module: Any) -> None:
-    """Makes tied names share their tensor again, as transformers models do it."""
-    module.tie_weights()
 
 
 def _sources(module: torch.nn.Module, files: list[Path]) -> dict[str, tuple[Path, str]]:
@@ -149,9 +143,8 @@ def give_back_memory() -> None:
         trim(0)
 
 
-@contextmanager
-def zero_init(deepspeed: Mapping[str, Any], dtype: torch.dtype) -> Iterator[Any]:
-    """Yields a function that partitions the parameters which stand in a module itself."""
+def partitioner(deepspeed: Mapping[str, Any], dtype: torch.dtype) -> Callable[[torch.nn.Module], None]:
+    """A function that partitions the parameters which stand in a module itself. Calling it is a collective."""
     import deepspeed as ds
 
     config = {**deepspeed, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": dtype == torch.bfloat16}}
@@ -167,4 +160,4 @@ def zero_init(deepspeed: Mapping[str, Any], dtype: torch.dtype) -> Iterator[Any]
                 parameter.data = parameter.data.to(dtype)
         init._convert_to_zero_parameters(own)
 
-    yield partition_own
+    return partition_own

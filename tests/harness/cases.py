@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import importlib
+import json
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,15 +27,17 @@ from progscale.optim import AdamW, StageBuild, build_for
 from progscale.schedule import build_stages
 from tests.tiny import tiny_model
 
-ENGINES: dict[str, dict[str, Any] | None] = {
-    "plain": None,
-    "ddp": None,
-    "zero1": {"zero_optimization": {"stage": 1}},
-    "zero2": {"zero_optimization": {"stage": 2}},
-    "zero3": {"zero_optimization": {"stage": 3}},
-    "zero2-offload": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
-    "zero3-offload": {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}},
-}
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+def shipped_engine(name: str) -> dict[str, Any]:
+    """The DeepSpeed JSON of a config that users get; its "auto" thresholds keep small parameters whole under ZeRO-3 only."""
+    content: dict[str, Any] = json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8"))["engine"]["deepspeed"]
+    return content
+
+
+ZERO_ENGINES = ("zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
+ENGINES: dict[str, dict[str, Any] | None] = {"plain": None, "ddp": None} | {name: shipped_engine(name) for name in ZERO_ENGINES}
 
 
 @dataclass
