@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/accelerate launch --config_file configs/accelerate/cpu2.yaml launch/train.py --config configs/demo.json --config configs/zero2.json
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not real_data and not product and not slow"
+	$(BIN)/python -m pytest -m "not real_data and not product"
 
 test-product: $(READY)
 	$(BIN)/python -m pytest -m product

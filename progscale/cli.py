@@ -10,11 +10,14 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from progscale import __version__
 from progscale.config import Config, describe_schema, dump_config, load_config
-from progscale.errors import ConfigError, DataError, ModelError, ProgscaleError
+from progscale.config.schema import SQUAD_TASKS
+from progscale.errors import ConfigError, DataError, Fault, ModelError, ProgscaleError
 from progscale.names import name_faults
 
 if TYPE_CHECKING:
+    from progscale.models.family import HeadKind
     from progscale.plan import Plan
 
 EXAMPLES = """examples:
@@ -51,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"progscale {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     train = commands.add_parser(
         "train",
@@ -116,10 +120,11 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--head",
         choices=["sequence_classification", "question_answering"],
-        default="sequence_classification",
-        help="the task's head",
+        help="the model's head; default: that of the config's task, else sequence_classification",
     )
-    parser.add_argument("--num-labels", type=int, default=2, metavar="N", help="outputs of a classification head")
+    parser.add_argument(
+        "--num-labels", type=int, metavar="N", help="outputs of a classification head; default: the task's, else 2"
+    )
     parser.add_argument("--paper", action="store_true", help="the paper's figures beside those computed from real architectures")
     parser.add_argument("--format", choices=["table", "json"], default="table", help="output format")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code from the model's repository")
@@ -127,14 +132,9 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
 
 def read_config(options: argparse.Namespace, extra: Sequence[str] = ()) -> Config:
     """The config of the given layers, all its faults at once; plug-in modules are imported first."""
-    config = load_config(options.config, [*options.set, *extra])
     for module in options.plugin:
         import_plugin(module)
-    # A plug-in registers what only its own import can tell; the registries then check the names themselves.
-    faults = [] if options.plugin else name_faults(config)
-    if faults:
-        raise ConfigError(faults)
-    return config
+    return load_config(options.config, [*options.set, *extra], check=name_faults)
 
 
 def import_plugin(module: str) -> None:
@@ -196,6 +196,12 @@ def plan_of(config: Config, options: argparse.Namespace) -> Plan:
     """The plan of a config's model and schedule, with a nominal number of steps for each epoch."""
     from progscale.plan import plan_for, schedule_options
 
+    for key, value in (("train.max_steps", config.train.max_steps), ("schedule.starts", config.schedule.starts)):
+        if value is not None:
+            raise ConfigError(
+                Fault(key, f"{value} counts optimizer steps, which depend on the data: progscale train --dry-run shows that plan")
+            )
+    head, num_labels = head_of(config)
     return plan_for(
         str(config.model.name),
         schedule=config.schedule.name,
@@ -203,13 +209,25 @@ def plan_of(config: Config, options: argparse.Namespace) -> Plan:
         epochs=config.train.epochs,
         embeddings=config.schedule.embeddings,
         method=config.method.name,
-        num_labels=options.num_labels,
-        head=options.head,
+        num_labels=options.num_labels or num_labels,
+        head=options.head or head,
         overrides=config.model.overrides,
         options=schedule_options(config),
         family=config.model.family,
         revision=config.model.revision,
     )
+
+
+def head_of(config: Config) -> tuple[HeadKind, int]:
+    """Head and outputs that the config's task gives the model, without reading its data."""
+    from progscale.tasks.glue import GLUE
+
+    task = config.task
+    if task.name in SQUAD_TASKS:
+        return "question_answering", 2
+    if task.name in GLUE:
+        return "sequence_classification", len(GLUE[task.name].classes) or 1
+    return "sequence_classification", 1 if task.problem_type == "regression" else len(task.labels or ()) or 2
 
 
 def show(content: Any, render: Any, form: str) -> int:
@@ -235,6 +253,8 @@ def quiet_libraries() -> None:
     import warnings
 
     logging.basicConfig(level=logging.WARNING, format="progscale: %(message)s")
+    # What was chosen for the user is said once, by the main process.
+    logging.getLogger("progscale").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     for name in ("DeepSpeed", "accelerate", "bitsandbytes", "peft", "transformers", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(torch|deepspeed|accelerate|transformers)\.")

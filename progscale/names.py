@@ -10,6 +10,7 @@ from importlib.metadata import entry_points
 
 from progscale.config.schema import GLUE_TASKS, SQUAD_TASKS, Config
 from progscale.errors import Fault, nearest
+from progscale.registry import registered
 from progscale.schedule import SCHEDULES
 
 BUILT_IN = {
@@ -20,18 +21,17 @@ BUILT_IN = {
 
 
 def known(group: str) -> list[str]:
-    """Built-in names of a registry's entry-point group and those that other installed packages add."""
-    return sorted({*BUILT_IN[group], *(point.name for point in entry_points(group=group))})
+    """Names of an entry-point group: built in, from other installed packages, and what a plug-in has registered."""
+    return sorted({*BUILT_IN[group], *(point.name for point in entry_points(group=group)), *registered(group)})
 
 
 def name_faults(config: Config) -> list[Fault]:
-    """Every name in the config that nothing is registered under."""
+    """Every name in the config that nothing is registered under; plug-ins are to be imported before."""
     faults = []
     for key, given, allowed in (
         ("task.name", config.task.name, known("progscale.tasks")),
         ("method.name", config.method.name, known("progscale.methods")),
         ("model.family", config.model.family, known("progscale.families")),
-        ("optimizer.name", config.optimizer.name, ["adamw"]),
         ("schedule.name", config.schedule.name, SCHEDULES.names()),
     ):
         if given is not None and given not in allowed:

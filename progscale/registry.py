@@ -10,11 +10,18 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from progscale.errors import RegistryError, nearest
 
 T = TypeVar("T")
+
+_BY_GROUP: dict[str, Registry[Any]] = {}
+
+
+def registered(group: str) -> list[str]:
+    """Names in the registry of an entry-point group so far; nothing is imported to find more."""
+    return list(_BY_GROUP[group]._entries) if group in _BY_GROUP else []
 
 
 class Registry(Generic[T]):
@@ -33,6 +40,7 @@ class Registry(Generic[T]):
         self._entries: dict[str, T] = {}
         self._loaded = False
         self._loading = False
+        _BY_GROUP.setdefault(group, self)
 
     def register(self, name: str) -> Callable[[T], T]:
         """Decorator: adds the thing under `name`.

@@ -62,10 +62,7 @@ class Request:
 
 
 class Schedule(Protocol):
-    """Gives the live blocks of every stage, for one stack of blocks.
-
-    A schedule may also say where its stages start, as fractions of the run in [0, 1); None means evenly.
-    """
+    """Gives the live blocks of every stage, for one stack of blocks. Where stages start is `schedule.starts`' to say."""
 
     def __call__(self, request: Request) -> Sequence[Sequence[int]]:
         """Ascending live block indices of each stage."""

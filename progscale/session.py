@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from progscale import __version__
 from progscale.blocks import Partition
 from progscale.config import Config
 from progscale.data import GlobalBatch, MicroBatch, TrainLoader, eval_batches
@@ -88,7 +89,8 @@ class Session:
         """This rank's micro-batches of an evaluation split."""
         size = self.config.train.eval_batch_size
         world_size, rank = self.engine.world_size, self.engine.rank
-        return eval_batches(split, size, world_size, rank, pad=self.padding, multiple_of=self.loader.multiple_of)
+        batches = eval_batches(split, size, world_size, rank, pad=self.padding, multiple_of=self.loader.multiple_of)
+        return self.console.track(batches, len(split), world_size)
 
     def evaluation_due(self, step: int, stage: Stage) -> bool:
         """Whether to evaluate after optimizer step `step` (0-based); always after the last."""
@@ -150,5 +152,5 @@ class Session:
             "precision": self.config.train.precision,
             "device": name,
             "threads": torch.get_num_threads(),
-            "versions": {"progscale": version("progscale"), **{package: version(package) for package in packages}},
+            "versions": {"progscale": __version__, **{package: version(package) for package in packages}},
         }

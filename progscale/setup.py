@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from progscale.config import Config, config_hash, dump_config, micro_batch_size
 from progscale.data import TrainLoader, pad_values
 from progscale.engine import ranks
 from progscale.engine.base import Engine, EngineSettings
+from progscale.engine.deepspeed import check_release
 from progscale.engine.launch import check_precision, create_engine, make_accelerator, set_up_cpu
 from progscale.engine.loading import load_module
 from progscale.errors import ConfigError, Fault, ModelError
@@ -91,6 +93,8 @@ def prepare(config: Config, permissions: Permissions = NO_PERMISSIONS, *, dry_ru
         return plan
 
     folder = ranks.on_main(lambda: open_folder(config, plan))
+    if folder is not None and folder.moved is not None:
+        console.show(f"the run that lay in {folder.path} is now in {folder.moved}")
     memory = MemoryMeter(torch.device(accelerator.device))
     engine = make_engine(config, found, method, accelerator)
     # What is here now stays to the end. Without this each switch would scan it all in search of the old engine's cycles.
@@ -147,6 +151,9 @@ def join_ranks(config: Config) -> Any:
     check_precision(config.train.precision, torch.device(accelerator.device), deepspeed is not None)
     check_same_on_all_ranks(config)
     check_engine(config, int(accelerator.num_processes))
+    if deepspeed is not None:
+        zero_stage, on_cpu = int(deepspeed["zero_optimization"]["stage"]), torch.device(accelerator.device).type == "cpu"
+        check_release(version("deepspeed"), zero_stage, on_cpu=on_cpu, checkpointing=config.train.gradient_checkpointing)
     return accelerator
 
 
@@ -297,7 +304,8 @@ def code_hash() -> str:
 
 def open_folder(config: Config, plan: Plan) -> RunFolder:
     """The run folder with config.json and plan.json in it."""
-    folder = RunFolder(Path(config.run.output_dir) / config.run_name, dump_config(config), config_hash(config))
+    path, named = Path(config.run.output_dir) / config.run_name, config.run.name is not None
+    folder = RunFolder(path, dump_config(config), config_hash(config), named=named)
     folder.write("plan.json", plan.to_json())
     return folder
 

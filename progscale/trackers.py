@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from progscale.data import MicroBatch
 from progscale.errors import ConfigError, Fault
 
 
@@ -24,15 +25,20 @@ class RunFolder:
         path: `run.output_dir`/`run.name`.
         config: resolved, as a plain dict.
         config_hash: tells whether a folder that is there belongs to the same run.
+        named: the user chose the name, so a run of another config in the folder is a mistake; else it is moved aside too.
+
+    Attributes:
+        moved: where an earlier run that lay there is now.
 
     Raises:
         ConfigError: the folder holds a run of another config, or cannot be written.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Any], config_hash: str) -> None:
+    def __init__(self, path: Path, config: Mapping[str, Any], config_hash: str, *, named: bool = True) -> None:
         self.path = path
+        self.moved: Path | None = None
         try:
-            self._claim(config_hash)
+            self._claim(config_hash, named)
             path.mkdir(parents=True, exist_ok=True)
             self.write("config.json", {"hash": config_hash, **config})
         except OSError as error:
@@ -43,8 +49,8 @@ class RunFolder:
             ) from error
         self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
 
-    def _claim(self, config_hash: str) -> None:
-        """Moves an earlier run of the same config aside; nothing is ever overwritten."""
+    def _claim(self, config_hash: str, named: bool) -> None:
+        """Moves an earlier run aside; nothing is ever overwritten."""
         there = self.path / "config.json"
         if not there.exists():
             if self.path.exists() and any(self.path.iterdir()):
@@ -56,14 +62,14 @@ class RunFolder:
             owner = json.loads(there.read_text(encoding="utf-8"))["hash"]
         except (ValueError, TypeError, KeyError):
             owner = None  # damaged, or somebody else's config.json
-        if owner != config_hash:
-            raise ConfigError(
-                Fault("run.name", f"'{self.path}' holds a run of another config; choose another with --set run.name=…")
-            )
+        if owner is None or (named and owner != config_hash):
+            other = "a config.json that is not a run's" if owner is None else "a run of another config"
+            raise ConfigError(Fault("run.name", f"'{self.path}' holds {other}; choose another with --set run.name=…"))
         number = 1
         while (aside := self.path.with_name(f"{self.path.name}.{number}")).exists():
             number += 1
         os.rename(self.path, aside)
+        self.moved = aside
 
     def write(self, name: str, content: Any) -> None:
         """Writes a JSON file whole or not at all."""
@@ -126,6 +132,27 @@ class RunConsole:
         elif time.monotonic() - self._last_line >= self._line_seconds or step + 1 == self._total_steps:
             self._last_line = time.monotonic()
             self._console.print(f"step {step + 1}/{self._total_steps}  {detail}")
+
+    def track(self, batches: Iterable[MicroBatch], rows: int, world_size: int) -> Iterator[MicroBatch]:
+        """Passes an evaluation's batches on and shows how far it is: a second bar, or now and then a line.
+
+        Args:
+            batches: of this rank.
+            rows: of the split, over all ranks.
+            world_size: ranks; each is taken to be as far as this one.
+        """
+        bar = None if self._progress is None else self._progress.add_task("evaluation", total=rows, detail="")
+        done, said = 0, time.monotonic()
+        for batch in batches:
+            yield batch
+            done = min(rows, done + len(batch.rows) * world_size)
+            if self._progress is not None and bar is not None:
+                self._progress.update(bar, completed=done)
+            elif time.monotonic() - said >= self._line_seconds:
+                said = time.monotonic()
+                self._console.print(f"evaluation: {done}/{rows} rows")
+        if self._progress is not None and bar is not None:
+            self._progress.remove_task(bar)
 
     def end(self) -> None:
         """Ends the progress bar."""

@@ -9,10 +9,8 @@ from progscale.config.read import KeyPath, dotted, show
 from progscale.config.schema import GLUE_TASKS, SQUAD_TASKS, Config
 from progscale.errors import Fault
 
+SOURCES = ("hub", "train_file", "validation_file")
 TABLE_OPTIONS = (
-    "hub",
-    "train_file",
-    "validation_file",
     "text_columns",
     "label_column",
     "labels",
@@ -209,6 +207,7 @@ def _task(checks: _Checks) -> None:
                     f"only task 'table' uses it, not {checks.got('task.name')}; remove it",
                     "task.name",
                 )
+        _sources(checks)
     if task.name in SQUAD_TASKS:
         if task.doc_stride >= checks.config.train.max_length:
             checks.fault(
@@ -221,6 +220,21 @@ def _task(checks: _Checks) -> None:
         for option in SQUAD_OPTIONS:
             if checks.given(f"task.{option}"):
                 checks.fault(f"task.{option}", f"only squad tasks use it, not {checks.got('task.name')}; remove it", "task.name")
+
+
+def _sources(checks: _Checks) -> None:
+    """Where a built-in task's data comes from."""
+    task = checks.config.task
+    given = [name for name in ("path", *SOURCES) if getattr(task, name) is not None]
+    keys = [f"task.{name}" for name in given]
+    if task.name == "demo":
+        for key in keys:
+            checks.fault(key, f"{checks.got('task.name')} makes its own data; name a task, or remove it", "task.name")
+    elif task.hub is not None and len(given) > 1:
+        others = " and ".join(key for key in keys if key != "task.hub")
+        checks.fault("task.hub", f"{checks.value('task.hub')} names the data, and so does {others}; keep one", *keys)
+    elif task.name in GLUE_TASKS and given and task.path is None and task.hub is None:
+        checks.fault("task.path", f"missing; {keys[0]} names a file in that folder", *keys)
 
 
 def _table(checks: _Checks) -> None:

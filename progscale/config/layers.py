@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,12 +82,18 @@ class _Merged:
         return f" (from {inner[0]})" if inner else ""
 
 
-def load_config(paths: Sequence[str | Path | Mapping[str, Any]] | str | Path = (), overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    paths: Sequence[str | Path | Mapping[str, Any]] | str | Path = (),
+    overrides: Sequence[str] = (),
+    *,
+    check: Callable[[Config], Sequence[Fault]] | None = None,
+) -> Config:
     """Builds the config of a run.
 
     Args:
         paths: JSON files, later ones win; a bare DeepSpeed JSON is a layer too. A mapping stands for a file's content.
         overrides: `section.key=value` texts, which win over all files.
+        check: finds more faults, to be reported with the others; where a value is wrong it sees the default.
 
     Raises:
         ConfigError: with every fault of every layer.
@@ -106,7 +112,9 @@ def load_config(paths: Sequence[str | Path | Mapping[str, Any]] | str | Path = (
     if isinstance(deepspeed, dict):
         faults.extend(check_rest(deepspeed, lambda path: merged.where((*PREFIX, *path))))
     config = _build(merged, faults)
-    if faults or config is None:
+    if check is not None:
+        faults.extend(check(config))
+    if faults:
         raise ConfigError(faults)
     return config
 
@@ -189,11 +197,11 @@ def _demo_defaults(merged: _Merged) -> None:
             merged.put(path, value, _Origin("the demo's defaults", "file"))
 
 
-def _build(merged: _Merged, faults: list[Fault]) -> Config | None:
+def _build(merged: _Merged, faults: list[Fault]) -> Config:
     """Checks the values; where some are wrong, the others are still checked against each other."""
     bad: set[KeyPath] = set()
     tree = json.loads(json.dumps(merged.tree, default=repr))
-    config = None
+    config: Config | None = None
     while config is None:
         try:
             config = Config.model_validate(tree)

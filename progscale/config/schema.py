@@ -1,6 +1,6 @@
 """What a run is: one class for each section, every option with its unit, range and default.
 
-Names that users can register (task, method, schedule, model family, optimizer) are plain strings here: who holds the
+Names that users can register (task, method, schedule, model family) are plain strings here: who holds the
 registry checks them.
 """
 
@@ -67,13 +67,17 @@ class Task(Section):
         description=f"demo; {', '.join(GLUE_TASKS)}; {', '.join(SQUAD_TASKS)}; table (your own data); or registered",
     )
     path: Text | None = Field(default=None, description="local folder or file in the task's official format; null: the hub")
-    hub: Text | None = Field(default=None, description="table: name of a data set on the hub")
-    train_file: Text | None = Field(default=None, description="table: training data (csv, json lines or parquet)")
-    validation_file: Text | None = Field(default=None, description="table: evaluation data in the same format")
+    hub: Text | None = Field(default=None, description="data set on the hub; null: the task's own")
+    train_file: Text | None = Field(
+        default=None, description="training data, below path if that is given (table: csv, tsv, json, jsonl, parquet)"
+    )
+    validation_file: Text | None = Field(
+        default=None, description="evaluation data; table: null sets validation_fraction of the rows aside"
+    )
     text_columns: Annotated[list[Text], Field(min_length=1, max_length=2)] | None = Field(
         default=None, description="table: one column, or two for sentence pairs"
     )
-    label_column: Text | None = Field(default=None, description="table: column of the label")
+    label_column: Text | None = Field(default=None, description="table: column of the label; null: label")
     labels: Annotated[list[Text], Field(min_length=2)] | None = Field(
         default=None, description="table: names of the classes in order; null: those of the data, sorted"
     )
@@ -81,26 +85,31 @@ class Task(Section):
         default=None, description="table: what the label is; null: told by its type"
     )
     delimiter: Annotated[str, StringConstraints(min_length=1, max_length=1)] | None = Field(
-        default=None, description="table: csv delimiter, one character; null: a comma"
+        default=None, description="table: csv delimiter, one character; null: a comma, in .tsv a tab"
     )
     validation_fraction: Share | None = Field(
-        default=None, description="table: share of the training rows kept for evaluation where there is no validation file"
+        default=None,
+        description="table: share of the training rows kept for evaluation where there is no other data for it; null: 0.1",
     )
     max_train_examples: Count | None = Field(default=None, description="use at most so many training examples")
     max_eval_examples: Count | None = Field(default=None, description="use at most so many examples of an evaluation split")
-    metric: Text | None = Field(default=None, description="metric that decides which model is best; null: the task's own")
+    metric: Text | None = Field(
+        default=None,
+        description="metric that decides which model is best, or evaluate:NAME (with --trust-remote-code); null: the task's own",
+    )
     doc_stride: Count = Field(default=128, description="squad: tokens that two windows of a long context share")
     n_best: Count = Field(default=20, description="squad: candidate answers kept of each window")
     max_answer_length: Count = Field(default=30, description="squad: longest answer, in tokens")
     no_answer_threshold: float | Literal["auto"] = Field(
-        default="auto", description='squad-v2: score margin for "no answer"; auto: the best one on the evaluation split'
+        default="auto",
+        description='squad-v2: how far "no answer" must score above the best span; auto: 0 (best_f1 is that of the best one)',
     )
 
 
 class Method(Section):
     """What is trained inside a block."""
 
-    name: Text = Field(default="full", description="registered method")
+    name: Text = Field(default="full", description="full (all tensors of a live block), or registered")
 
 
 class Schedule(Section):
@@ -130,7 +139,7 @@ class Schedule(Section):
 class Optimizer(Section):
     """The optimizer and its learning-rate curve, a closed form of the optimizer step."""
 
-    name: Text = Field(default="adamw", description="registered optimizer")
+    name: Literal["adamw"] = Field(default="adamw", description="the optimizer")
     lr: float = Field(default=2e-5, gt=0, le=100, description="learning rate after warm-up (the demo alone: 5e-4)")
     weight_decay: float = Field(default=0.01, ge=0, le=100, description="decoupled weight decay")
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = Field(

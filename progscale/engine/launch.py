@@ -37,7 +37,9 @@ def set_up_cpu(threads: int | None = None) -> int:
     """
     torch.set_flush_denormal(True)
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    count = threads or max(1, len(os.sched_getaffinity(0)) // local_ranks)
+    # macOS does not tell which cores a process may use.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = threads or max(1, cores // local_ranks)
     torch.set_num_threads(count)
     return count
 
@@ -50,13 +52,11 @@ def make_accelerator(*, deepspeed: Mapping[str, Any] | None, timeout_seconds: in
     Args:
         deepspeed: the literal DeepSpeed JSON of the run, or None for one process or DDP.
         timeout_seconds: of collectives.
+
+    Raises:
+        UserError: the launcher was told of DeepSpeed, FSDP or another kind of parallelism that the run's config has not.
     """
-    # A config file with distributed_type DEEPSPEED makes Accelerate refuse a plugin that is built here.
-    os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
-    os.environ.pop("ACCELERATE_DEEPSPEED_CONFIG_FILE", None)
-    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
-    if deepspeed is None:
-        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    take_over_launcher_settings(deepspeed is not None)
     on_gpu = torch.cuda.is_available()
     if deepspeed is not None and not on_gpu:
         # Otherwise DeepSpeed looks for every accelerator it knows, and warns that there is none.
@@ -84,6 +84,37 @@ def make_accelerator(*, deepspeed: Mapping[str, Any] | None, timeout_seconds: in
         # model as it is built, random weights included. Models are loaded and partitioned by ourselves.
         unset_hf_deepspeed_config()
     return accelerator
+
+
+def take_over_launcher_settings(deepspeed: bool) -> None:
+    """Takes out of the environment what `accelerate launch` put there from its own config file and the run decides itself.
+
+    Args:
+        deepspeed: whether the run's config has a DeepSpeed JSON.
+
+    Raises:
+        UserError: the launcher's file asks for a kind of parallelism that this run would silently go without.
+    """
+    # The launcher alone sets this one; an earlier run in this process leaves ACCELERATE_USE_DEEPSPEED behind.
+    if "ACCELERATE_CONFIG_DS_FIELDS" in os.environ and not deepspeed:
+        raise UserError(
+            "engine.deepspeed: missing, while accelerate's config file has distributed_type DEEPSPEED; the run's own config "
+            "decides: add a layer such as --config configs/zero2.json or your DeepSpeed JSON, or launch with MULTI_GPU"
+        )
+    for name in ("FSDP", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
+            raise UserError(
+                f"accelerate's config file asks for {name}, which no stage switch supports here; launch with distributed_type "
+                "MULTI_GPU and choose DDP or DeepSpeed ZeRO in the run's config (--config configs/zero3.json)"
+            )
+    precision = os.environ.pop("ACCELERATE_MIXED_PRECISION", "no")
+    if precision != "no" and os.environ.get("RANK", "0") == "0":
+        print(f"accelerate's mixed_precision '{precision}' is not used: train.precision decides", flush=True)
+    # With these Accelerate refuses a plugin that is built here.
+    os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
+    os.environ.pop("ACCELERATE_DEEPSPEED_CONFIG_FILE", None)
+    if not deepspeed:
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
 
 
 def check_precision(precision: str, device: torch.device, deepspeed: bool) -> None:
@@ -127,7 +158,7 @@ def set_single_process_environment() -> None:
 
 
 def find_compiler() -> None:
-    """On a machine with no GPU, DeepSpeed compiles its shared-memory collectives at the first run (25 to 40 s).
+    """On a machine with no GPU, DeepSpeed compiles its shared-memory collectives at the first run (25 to 90 s).
 
     Raises:
         UserError: a C++ compiler or ninja is missing.

@@ -20,7 +20,6 @@ class Method(Protocol):
     """
 
     name: str
-    trains_embeddings: bool
 
     def prepare(self, model: torch.nn.Module) -> torch.nn.Module:
         """The model to train; it may be `model` itself, changed or not."""

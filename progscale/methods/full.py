@@ -17,7 +17,6 @@ class Full:
     """Trains all parameters; the model is left as it is."""
 
     name = "full"
-    trains_embeddings = True
 
     def prepare(self, model: torch.nn.Module) -> torch.nn.Module:
         """Returns the model unchanged."""

@@ -2,7 +2,7 @@
 
 from progscale.models.family import FAMILIES, Family, HeadKind, ModelRequest, register_family
 from progscale.models.loading import build_meta, find_family, load_config, load_model
-from progscale.models.lookup import family_of, named_family
+from progscale.models.lookup import family_of
 from progscale.models.tokenizers import check_tokenizer, load_tokenizer, max_tokens
 from progscale.models.weights import checkpoint_files, checkpoint_names
 
@@ -21,6 +21,5 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "max_tokens",
-    "named_family",
     "register_family",
 ]

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from progscale.blocks import partition
 from progscale.errors import ModelError, nearest
 from progscale.models.architectures import ARCHITECTURES, architecture_config, find_architecture
-from progscale.models.family import Family, ModelRequest
-from progscale.models.lookup import families_by_type, family_of, named_family
+from progscale.models.family import FAMILIES, Family, ModelRequest
+from progscale.models.lookup import families_by_type, family_of
 from progscale.models.weights import checkpoint_files, find_safetensors, local_folder
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def find_family(request: ModelRequest, family: Family | str | None = None, *, we
     if isinstance(family, Family):
         return family
     if family is not None:
-        return named_family(family)
+        return FAMILIES.get(family)
     weights = not request.random_weights if weights is None else weights
     known = find_architecture(request.name) if local_folder(request.name) is None and not weights else None
     content = {"model_type": known.model_type} if known else _config_content(request)

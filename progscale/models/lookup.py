@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 from progscale.errors import ModelError, nearest
@@ -23,38 +22,20 @@ def family_of(model_or_config: Any, explicit: str | None = None) -> Family:
     Args:
         model_or_config: a config with `model_type`, or a module whose `config` has one; not looked at when
             `explicit` is given.
-        explicit: a registered name, or `module:name` for a family that the Python module registers when imported.
+        explicit: a registered name.
 
     Raises:
         ModelError: no family has this model type; the message shows how to register one.
         RegistryError: `explicit` is not registered; the message lists the names.
     """
     if explicit is not None:
-        return named_family(explicit)
+        return FAMILIES.get(explicit)
     config = getattr(model_or_config, "config", model_or_config)
     model_type = getattr(config, "model_type", None) or ""
     for _, family in FAMILIES.items():
         if model_type and model_type in family.model_types:
             return family
     raise ModelError(_unknown(model_type, config, type(model_or_config).__name__))
-
-
-def named_family(name: str) -> Family:
-    """The family of that name, after importing the module of a name like `my_package.encoders:my-encoder`.
-
-    Raises:
-        ModelError: the module cannot be imported.
-        RegistryError: no such family.
-    """
-    module, colon, family = name.rpartition(":")
-    if colon:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise ModelError(
-                f"model.family: cannot import '{module}' of '{name}' ({error}); it must be installed or its folder on PYTHONPATH"
-            ) from error
-    return FAMILIES.get(family)
 
 
 def families_by_type() -> dict[str, Family]:
@@ -78,8 +59,7 @@ def _unknown(model_type: str, config: Any, given: str) -> str:
     lines.append("An encoder with embeddings, one list of blocks and a head is added with one call (paths below the base model):")
     lines.append(_SNIPPET.format(model_type=model_type).rstrip("\n"))
     lines.append(
-        "Name it in model.family as 'my_module:my-encoder', or let a package declare my_module under the entry-point "
-        f"group '{FAMILIES.group}'"
+        f"Import its module with --plugin my_module, or let a package name it under the entry-point group '{FAMILIES.group}'"
     )
     return "\n".join(lines)
 

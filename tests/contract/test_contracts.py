@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from functools import cache
 from typing import Any
 
@@ -11,10 +12,10 @@ import torch
 
 from progscale.methods import METHODS
 from progscale.schedule import SCHEDULES
-from tests.harness.cases import ENGINES, Outcome, run
+from tests.harness.cases import ENGINES, Outcome, global_batch, run
 from tests.harness.pairs import all_pairs, full_product
 from tests.harness.worker import TwoRanks
-from tests.tiny import FAMILY_NAMES
+from tests.tiny import FAMILY_NAMES, tiny_model
 
 STAGES, STEPS, BLOCKS = 3, 6, 4
 OPTIONS = {"custom": {"first_blocks": [2, 0, 4]}, "weighted": {"block_weights": [1.0, 5.0, 1.0, 1.0]}}
@@ -95,6 +96,44 @@ def learning_rate_is_its_closed_form(outcome: Outcome) -> None:
         after = (step - 1) / (STEPS - 1)
         wanted = 0.0 if step == 0 else 1e-3 * (0.1 + 0.9 * (1 - after))
         assert math.isclose(rate, wanted, rel_tol=1e-9, abs_tol=1e-15), f"step {step}"
+
+
+def by_hand(first_blocks: list[int]) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and weights of the run as one writes it without progscale: one torch AdamW, frozen tensors left without gradient."""
+    module = tiny_model("bert", blocks=BLOCKS)
+    module.train()
+    named = dict(module.named_parameters())
+    plain = [value for name, value in named.items() if name.endswith("bias") or "LayerNorm" in name]
+    decayed = [value for value in named.values() if not any(value is other for other in plain)]
+    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, foreach=False, fused=False)
+    losses = []
+    for step in range(STEPS):
+        first = first_blocks[step * len(first_blocks) // STEPS]
+        tokens, labels = global_batch(step, 8, module.config.vocab_size)  # type: ignore[union-attr, arg-type]
+        logits = module(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+        loss = torch.nn.functional.cross_entropy(logits, labels)
+        loss.backward()
+        for name, value in named.items():
+            block = re.search(r"encoder\.layer\.(\d+)\.", name)
+            if block and int(block[1]) < first:
+                value.grad = None
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0 if step == 0 else 1e-3 * (0.1 + 0.9 * (1 - (step - 1) / (STEPS - 1)))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, {name: value.detach() for name, value in named.items()}
+
+
+@pytest.mark.parametrize(("schedule", "first_blocks"), [("none", [0]), ("progtuning", [0, 1, 2])])
+def test_the_reference_is_what_one_writes_by_hand(schedule: str, first_blocks: list[int]) -> None:
+    outcome = reference(family="bert", schedule=schedule, embeddings="always", method="full")
+    losses, parameters = by_hand(first_blocks)
+    assert outcome.losses == pytest.approx(losses, abs=LOSS_TOLERANCE)
+    for name, value in parameters.items():
+        assert (outcome.parameters[name] - value).abs().max().item() < PARAMETER_TOLERANCE, name
 
 
 @pytest.mark.parametrize("engine", list(ENGINES))

@@ -1,4 +1,4 @@
-"""bf16 in its two regimes, autocast over fp32 weights and bf16 weights with fp32 masters: the contracts hold in both."""
+"""bf16 in its two regimes (autocast over fp32 weights; bf16 weights with fp32 masters) and fp16: the contracts hold in all."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from functools import cache
 import pytest
 import torch
 
-from tests.harness.cases import Outcome, run
+from tests.harness.cases import Outcome, loss_scales, run
 from tests.harness.moves import Regime, regime
 from tests.harness.worker import TwoRanks
 
 DEEPSPEED = ["zero1", "zero2", "zero3"]
-CASES = [(engine, "bf16") for engine in ("plain", "ddp", *DEEPSPEED)] + [(engine, "bf16_params") for engine in DEEPSPEED]
+FP16 = ["plain", "ddp", *DEEPSPEED, "zero2-offload", "zero3-offload"]
+CASES = [(engine, "fp16") for engine in FP16]
+CASES += [(engine, "bf16") for engine in ("plain", "ddp", *DEEPSPEED)] + [(engine, "bf16_params") for engine in DEEPSPEED]
 RUN = {"schedule": "progtuning", "embeddings": "first_stage", "stages": 3, "steps": 6, "blocks": 4}
 
 
@@ -22,7 +24,7 @@ def in_fp32() -> Outcome:
 
 
 @pytest.mark.parametrize(("engine", "precision"), CASES)
-def test_contracts_in_bf16(two_ranks: TwoRanks, engine: str, precision: str) -> None:
+def test_contracts_in_16_bits(two_ranks: TwoRanks, engine: str, precision: str) -> None:
     case = {"engine": engine, "precision": precision, **RUN}
     outcome: Outcome = run(**case) if engine == "plain" else two_ranks.run("tests.harness.cases:run", **case)[0]  # type: ignore[arg-type]
     assert outcome.frozen_changed == [[], [], []]
@@ -30,11 +32,20 @@ def test_contracts_in_bf16(two_ranks: TwoRanks, engine: str, precision: str) -> 
     assert outcome.live_unmoved == [[], [], []], "judged on the fp32 masters"
     assert outcome.state_names == outcome.live_names
     assert outcome.updated == outcome.planned
-    # bf16 keeps 8 bits: near the fp32 run, and not it.
+    # bf16 keeps 8 bits, fp16 11: near the fp32 run, and not it.
     assert outcome.losses == pytest.approx(in_fp32().losses, abs=2e-2)
     assert outcome.losses != pytest.approx(in_fp32().losses, abs=1e-6)
-    wanted = torch.bfloat16 if precision == "bf16_params" else torch.float32
-    assert {value.dtype for value in outcome.parameters.values()} == {wanted}
+    halves = {"bf16_params": torch.bfloat16, "fp16": torch.float32 if engine in ("plain", "ddp") else torch.float16}
+    assert {value.dtype for value in outcome.parameters.values()} == {halves.get(precision, torch.float32)}
+
+
+@pytest.mark.parametrize("engine", FP16)
+def test_the_loss_scale_falls_at_an_overflow_and_goes_on_over_a_switch(two_ranks: TwoRanks, engine: str) -> None:
+    found = loss_scales(engine) if engine == "plain" else two_ranks.run("tests.harness.cases:loss_scales", engine=engine)[0]
+    assert [applied for applied, _ in found] == [True, False, False, True, True]
+    # DeepSpeed forgives the first overflow (its hysteresis is 2), torch's scaler none.
+    lowered = [2**16, 2**15, 2**14, 2**14, 2**14] if engine in ("plain", "ddp") else [2**16, 2**16, 2**15, 2**15, 2**15]
+    assert [scale for _, scale in found] == lowered
 
 
 def of(two_ranks: TwoRanks, engine: str, precision: str, schedule: str, force: bool = False) -> Regime:

@@ -108,6 +108,11 @@ def make_engine(module: torch.nn.Module, engine: str, **settings: Any) -> Engine
     """An engine of the named kind over `module`."""
     set_up_cpu(1)
     reset_accelerate()
+    if settings.get("precision") == "fp16" and ENGINES[engine] is not None and not torch.cuda.is_available():
+        from deepspeed.accelerator import get_accelerator
+
+        # DeepSpeed asks for a processor that computes fp16 itself; torch does it on any, slowly.
+        vars(get_accelerator())["is_fp16_supported"] = lambda: True
     accelerator = make_accelerator(deepspeed=ENGINES[engine])
     made = create_engine(module, EngineSettings(optimizer=AdamW(), micro_batch_size=2, **settings), accelerator, ENGINES[engine])
     assert made.name == engine, (made.name, engine)
@@ -221,6 +226,32 @@ def run(
     del made
     gc.collect()
     return outcome
+
+
+def loss_scales(engine: str) -> list[tuple[bool, float]]:
+    """(whether the step was applied, loss scale after it) of four fp16 steps, the two in the middle overflowing; last, after a
+    switch."""
+    module = tiny_model("bert", blocks=4)
+    module.train()
+    made = make_engine(module, engine, precision="fp16")
+    _, builds = builds_of(module, "progtuning", "always", 3, 6, "full", {})
+    config: PreTrainedConfig = module.config
+
+    def scale() -> float:
+        return float(made._zero().loss_scale if isinstance(made, DeepSpeedEngine) else made._scaler.get_scale())  # type: ignore[attr-defined]
+
+    found = []
+    made.begin_stage(builds[0])
+    for step in range(4):
+        batches = share(step, 8, config.vocab_size, made.rank, made.world_size, 2)
+        loss = (lambda o, y: row_loss(o, y) * 1e8) if step in (1, 2) else row_loss
+        result = made.train_step(batches, 8, loss, 1e-3)
+        assert result.fault is None
+        found.append((result.applied, scale()))
+    made.begin_stage(builds[1])
+    found.append((True, scale()))
+    made.close()
+    return found
 
 
 def freeze_imports() -> None:

@@ -8,10 +8,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+from progscale.cli import main
 from progscale.config import load_config
 from tests.harness.programs import REPOSITORY, Answer, in_process
 
@@ -43,7 +45,10 @@ MISTAKES = [
     (["train", "--set", "method.name=ful"], "did you mean 'full'?"),
     (["train", "--set", "schedule.name=growin"], "did you mean 'growing'?"),
     (["train", "--set", "model.family=berd"], "did you mean 'bert'?"),
-    (["train", "--set", "optimizer.name=adamv"], "did you mean 'adamw'?"),
+    (["train", "--set", "optimizer.name=adamv"], 'optimizer.name: "adamv"'),
+    (["train", "--set", "task.name=dmo", "--set", "model.name=x", "--set", "train.epochs=0"], "2 faults"),
+    (["plan", "--model", "bert-base-uncased", "--set", "train.max_steps=9"], "train.max_steps: 9 counts optimizer steps"),
+    (["plan", "--model", "bert-base-uncased", "--set", "schedule.starts=[0,9,18]"], "progscale train --dry-run shows that plan"),
     (["train", "--plugin", "no_such_module"], "--plugin no_such_module: no such module"),
     (["train", "--plugin", "no.such.module"], "--plugin no.such.module: no such module"),
     (["train", "--set", "task.metric=evaluate:accuracy"], "allow it with --trust-remote-code"),
@@ -99,6 +104,26 @@ def test_plan_gives_the_papers_figures(command: Command) -> None:
     assert plan["baseline_updated_parameters"] / 1e6 == pytest.approx(1005.4, abs=0.05)
     assert plan["updated_parameters"] / 1e6 == pytest.approx(703.1, abs=0.05)
     assert [stage["first_block"] for stage in plan["stages"]] in ([0, 8, 16], [{"blocks": first} for first in (0, 8, 16)])
+
+
+def test_plan_takes_the_head_from_the_task(command: Command) -> None:
+    """The three heads' sizes: two logits over a pooler; one and three; two for each token, and no pooler."""
+    hidden, counts = 768, {}
+    for task in ("mrpc", "stsb", "mnli", "squad-v1"):
+        layer = str(REPOSITORY / "configs" / "tasks" / f"{task}.json")
+        options = ["--set", "schedule.stages=1", "--set", "train.epochs=1", "--format", "json"]
+        answer = command("plan", "--model", "bert-base-uncased", "--config", layer, *options)
+        assert answer.code == 0, answer.err
+        counts[task] = json.loads(answer.out)["baseline_updated_parameters"]
+    assert counts["mrpc"] - counts["stsb"] == counts["mnli"] - counts["mrpc"] == hidden + 1
+    assert counts["mrpc"] - counts["squad-v1"] == hidden * hidden + hidden, "a span head has no pooler"
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"progscale {version('progscale')}\n"
 
 
 def test_plan_takes_short_forms_and_layers(command: Command) -> None:
@@ -170,6 +195,16 @@ def test_a_users_own_schedule_and_family(tmp_path: Path) -> None:
     assert [stage["frozen_changed"] for stage in summary["stages"]] == [0, 0]
     assert summary["updated_parameters"] == summary["planned_updated_parameters"]
     assert (tmp_path / "runs" / "a" / "model" / "model.safetensors").exists()
+
+
+def test_a_misspelt_name_beside_a_plugin(command: Command) -> None:
+    Path("my_schedule.py").write_text(
+        "from progscale.schedule import register\n@register('odd_blocks')\ndef odd(request):\n    return [[1]] * request.stages\n"
+    )
+    answer = command("train", "--plugin", "my_schedule", "--set", "schedule.name=od_blocks", "--set", "method.name=ful")
+    assert answer.code == 2
+    assert "did you mean 'odd_blocks'?" in answer.err
+    assert "did you mean 'full'?" in answer.err
 
 
 def test_a_plugin_that_fails_shows_its_own_error(command: Command) -> None:

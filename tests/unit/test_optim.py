@@ -23,7 +23,6 @@ class Biases:
     """A method that trains few tensors of a block, and none of the embeddings."""
 
     name = "biases"
-    trains_embeddings = False
 
     def prepare(self, model: torch.nn.Module) -> torch.nn.Module:
         return model

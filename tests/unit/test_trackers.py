@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from progscale.data import MicroBatch
 from progscale.errors import ConfigError
 from progscale.trackers import RunConsole, RunFolder, score_line, stage_table
 
@@ -65,6 +67,19 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
     assert "holds a run of another config; choose another with --set run.name=…" in message
 
 
+def test_a_name_that_nobody_chose_makes_room(tmp_path: Path) -> None:
+    claim(tmp_path / "a").close()
+    folder = RunFolder(tmp_path / "a", CONFIG, "two", named=False)
+    folder.close()
+    assert folder.moved == tmp_path / "a.1"
+    assert json.loads((tmp_path / "a.1" / "config.json").read_text())["hash"] == "one"
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["hash"] == "two"
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ConfigError, match=r"holds a config\.json that is not a run's"):
+        RunFolder(tmp_path / "b", CONFIG, "two", named=False)
+
+
 def test_what_is_no_run_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "thesis.txt").write_text("precious")
@@ -101,6 +116,15 @@ def test_the_console_of_another_rank_is_silent(capsys: pytest.CaptureFixture[str
     lines = shown.splitlines()
     assert "step 3/3  stage 1  loss 0.2500  lr 1.00e-04" in lines[-1]
     assert len(lines) <= 3, "plain lines come seldom where there is no terminal, the last one always"
+
+
+def test_an_evaluation_shows_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    batches = [MicroBatch({}, {}, np.arange(2)) for _ in range(3)]
+    console = RunConsole(True, line_seconds=0.0)
+    assert list(console.track(batches, rows=11, world_size=2)) == batches
+    assert capsys.readouterr().out.splitlines() == [f"evaluation: {rows}/11 rows" for rows in (4, 8, 11)]
+    RunConsole(False, line_seconds=0.0).track(batches, rows=11, world_size=2)
+    assert capsys.readouterr().out == ""
 
 
 def entry(**changes: Any) -> dict[str, Any]:

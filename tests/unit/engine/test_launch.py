@@ -13,7 +13,7 @@ from torch import nn
 
 from progscale.engine.base import EngineSettings
 from progscale.engine.deepspeed import check_release, hidden_size, stage_config
-from progscale.engine.launch import check_precision, find_compiler, set_up_cpu, world_size
+from progscale.engine.launch import check_precision, find_compiler, set_up_cpu, take_over_launcher_settings, world_size
 from progscale.engine.local import LocalEngine
 from progscale.errors import UserError
 from tests.harness.cases import make_engine
@@ -157,3 +157,40 @@ def test_without_deepspeed_one_process_is_plain_torch() -> None:
     assert isinstance(engine, LocalEngine)
     assert (engine.name, engine.rank, engine.world_size, engine.is_main) == ("plain", 0, 1, True)
     assert "RANK" not in os.environ, "no process group is started"
+
+
+def launcher(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:
+    for name in ("CONFIG_DS_FIELDS", "DEEPSPEED_CONFIG_FILE", "MIXED_PRECISION", "USE_DEEPSPEED", "USE_FSDP", "USE_MEGATRON_LM"):
+        monkeypatch.delenv(f"ACCELERATE_{name}", raising=False)
+    for name, value in values.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+
+
+def test_what_the_launchers_own_file_asks_for_is_not_dropped_silently(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launcher(monkeypatch, CONFIG_DS_FIELDS="zero_stage", USE_DEEPSPEED="true")
+    with pytest.raises(UserError, match=r"engine.deepspeed: missing, while .*DEEPSPEED.*--config configs/zero2.json"):
+        take_over_launcher_settings(deepspeed=False)
+    launcher(monkeypatch, USE_FSDP="True")
+    with pytest.raises(UserError, match=r"asks for FSDP.*--config configs/zero3.json"):
+        take_over_launcher_settings(deepspeed=True)
+    assert capsys.readouterr().out == ""
+    launcher(monkeypatch, MIXED_PRECISION="bf16")
+    take_over_launcher_settings(deepspeed=False)
+    assert capsys.readouterr().out == "accelerate's mixed_precision 'bf16' is not used: train.precision decides\n"
+
+
+def test_what_the_run_decides_itself_is_taken_out_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = {"CONFIG_DS_FIELDS": "zero_stage", "DEEPSPEED_CONFIG_FILE": "ds.json", "USE_DEEPSPEED": "true"}
+    launcher(monkeypatch, MIXED_PRECISION="no", **fields)
+    take_over_launcher_settings(deepspeed=True)
+    left = {name for name in os.environ if name.startswith("ACCELERATE_")}
+    assert not left & {"ACCELERATE_CONFIG_DS_FIELDS", "ACCELERATE_DEEPSPEED_CONFIG_FILE", "ACCELERATE_MIXED_PRECISION"}
+    # An earlier DeepSpeed run in this process, and no launcher: the next run may be without.
+    launcher(monkeypatch, USE_DEEPSPEED="true")
+    take_over_launcher_settings(deepspeed=False)
+    assert "ACCELERATE_USE_DEEPSPEED" not in os.environ
+    assert capsys.readouterr().out == ""

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig
 
 from progscale.errors import ModelError, RegistryError
-from progscale.models import family_of, named_family
+from progscale.models import family_of
 from tests.tiny import FAMILY_NAMES, tiny_config, tiny_model
 
 
@@ -29,7 +29,10 @@ def test_model_types_that_share_a_family(model_type: str, family: str) -> None:
         ("gpt2", ("'gpt2' is decoder-only", "register_family")),
         ("t5", ("'t5' is an encoder-decoder", "register_family")),
         ("albert", ("one block again and again", "mean nothing")),
-        ("longformer", ("register_family", 'model_types=("longformer",)', "progscale.families", "deberta-v2")),
+        (
+            "longformer",
+            ("register_family", 'model_types=("longformer",)', "--plugin my_module", "progscale.families", "deberta-v2"),
+        ),
     ],
 )
 def test_what_is_said_about_others(model_type: str, words: tuple[str, ...]) -> None:
@@ -44,5 +47,3 @@ def test_no_config_and_wrong_names() -> None:
         family_of(torch.nn.Linear(1, 1))
     with pytest.raises(RegistryError, match=r"no model family 'bertt'.*did you mean 'bert'"):
         family_of(None, "bertt")
-    with pytest.raises(ModelError, match=r"model.family: cannot import 'no_such_module'.*PYTHONPATH"):
-        named_family("no_such_module:x")

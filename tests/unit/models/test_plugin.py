@@ -105,6 +105,6 @@ def test_an_installed_package(tmp_path: Path, value: str) -> None:
     assert run(tmp_path, CHECK.format(explicit="toy", name="any name")) == "plugged in"
 
 
-def test_a_plain_module_named_in_the_config(tmp_path: Path) -> None:
+def test_a_plain_module(tmp_path: Path) -> None:
     (tmp_path / "my_encoder.py").write_text(ENCODER.replace("CONFIG", "pass") + "\nregister_family(FAMILY)\n")
-    assert run(tmp_path, CHECK.format(explicit="my_encoder:toy", name="any name")) == "plugged in"
+    assert run(tmp_path, "import my_encoder\n" + CHECK.format(explicit="toy", name="any name")) == "plugged in"
