@@ -253,8 +253,10 @@ def quiet_libraries() -> None:
     import warnings
 
     logging.basicConfig(level=logging.WARNING, format="progscale: %(message)s")
-    # What was chosen for the user is said once, by the main process.
-    logging.getLogger("progscale").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    # What was chosen for the user, and what is odd in the data, is said once; what is wrong with a machine, once a machine.
+    first, first_here = os.environ.get("RANK", "0") == "0", os.environ.get("LOCAL_RANK", "0") == "0"
+    logging.getLogger("progscale").setLevel(logging.INFO if first else logging.WARNING if first_here else logging.ERROR)
+    logging.getLogger("progscale.progress").setLevel(logging.INFO)
     for name in ("DeepSpeed", "accelerate", "bitsandbytes", "peft", "transformers", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(torch|deepspeed|accelerate|transformers)\.")

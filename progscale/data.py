@@ -78,6 +78,7 @@ def split_batch(
     world_size: int,
     micro_batch_size: int,
     max_tokens: int | None = None,
+    multiple_of: int = 1,
 ) -> list[list[np.ndarray]]:
     """The rows of a global batch by [micro step][rank].
 
@@ -90,6 +91,7 @@ def split_batch(
         world_size: ranks.
         micro_batch_size: rows of a micro-batch at most.
         max_tokens: padded tokens (rows × longest) of a micro-batch at most; a row longer than that stands alone.
+        multiple_of: padded lengths are rounded up to a multiple.
     """
     rows = np.asarray(rows)
     lengths = np.asarray(lengths)
@@ -103,7 +105,8 @@ def split_batch(
     else:
         done = 0
         while done < len(rows):
-            fit = max(1, min(micro_batch_size, max_tokens // max(1, int(lengths[rows[done]]))))
+            width = max(1, -(-int(lengths[rows[done]]) // multiple_of) * multiple_of)
+            fit = max(1, min(micro_batch_size, max_tokens // width))
             sizes.append(min(fit * world_size, len(rows) - done))
             done += sizes[-1]
     steps_of_rows = np.split(rows, np.cumsum(sizes)[:-1]) if sizes else []
@@ -303,6 +306,7 @@ class TrainLoader:
             world_size=self.world_size,
             micro_batch_size=self.micro_batch_size,
             max_tokens=self.max_tokens,
+            multiple_of=self.multiple_of,
         )
         micro_batches = [_collate_or_fill(self.split, step, self.rank, self.pad, self.multiple_of) for step in micro_steps]
         return GlobalBatch(micro_batches, len(rows), int(lengths[rows].sum()), index, rows)
@@ -366,6 +370,7 @@ def eval_batches(
         world_size=world_size,
         micro_batch_size=batch_size,
         max_tokens=max_tokens,
+        multiple_of=multiple_of,
     )
     for step in steps:
         yield _collate_or_fill(split, step, rank, pad, multiple_of)

@@ -27,6 +27,9 @@ def export_model(engine: Engine, tokenizer: Any, path: Path) -> None:
         partial.mkdir(parents=True)
         _save(module, state, partial)
         if tokenizer is not None:
+            if getattr(tokenizer, "is_fast", False):
+                # What the last call cut, which no later user wants cut.
+                tokenizer.backend_tokenizer.no_truncation()
             tokenizer.save_pretrained(partial)
         shutil.rmtree(path, ignore_errors=True)
         os.rename(partial, path)

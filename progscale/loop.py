@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Any
 
@@ -12,7 +13,7 @@ from progscale.errors import NonFiniteError
 from progscale.export import export_model
 from progscale.meters import StageMeter, StageRecord
 from progscale.session import Session
-from progscale.tasks.base import evaluate_task
+from progscale.tasks.base import Task, Tokenized, evaluate_task
 from progscale.trackers import score_line, stage_table
 
 
@@ -85,13 +86,7 @@ def evaluate(s: Session, progress: Progress, step: int) -> None:
                 rows = micro.rows.tolist()
                 predictions.update(zip(rows, s.task.predict(outputs, rows, split), strict=True))
         everyone = s.engine.gather_objects((predictions, float(loss)))
-        # Scoring may be slow (SQuAD); one rank does it, and all get the same numbers.
-        scores = None
-        if s.engine.is_main:
-            scores = evaluate_task(s.task, split, name, merge([part for part, _ in everyone]))
-            if split.labels:
-                scores |= {f"loss{name.removeprefix('validation')}": sum(part for _, part in everyone) / len(split)}
-        scores = s.engine.gather_objects(scores)[0]
+        scores = s.engine.on_main(functools.partial(score, s.task, split, name, everyone))
         metrics |= scores
         s.console.show(score_line(f"step {step} {name}", scores))
     progress.evaluation_seconds += time.perf_counter() - start
@@ -101,6 +96,14 @@ def evaluate(s: Session, progress: Progress, step: int) -> None:
         progress.best, progress.best_step = metrics, step
         if s.config.train.save_model == "best":
             export_model(s.engine, s.tokenizer, s.model_path)
+
+
+def score(task: Task, split: Tokenized, name: str, everyone: list[tuple[dict[int, Any], float]]) -> dict[str, float]:
+    """Metrics and mean loss of a split, from (predictions, summed loss) of every rank."""
+    scores = evaluate_task(task, split, name, merge([predictions for predictions, _ in everyone]))
+    if split.labels:
+        scores |= {f"loss{name.removeprefix('validation')}": sum(loss for _, loss in everyone) / len(split)}
+    return scores
 
 
 def merge(parts: list[dict[int, Any]]) -> dict[int, Any]:

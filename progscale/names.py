@@ -11,11 +11,11 @@ from importlib.metadata import entry_points
 from progscale.config.schema import GLUE_TASKS, SQUAD_TASKS, Config
 from progscale.errors import Fault, nearest
 from progscale.registry import registered
-from progscale.schedule import SCHEDULES
 
 BUILT_IN = {
     "progscale.tasks": ("demo", *GLUE_TASKS, *SQUAD_TASKS, "table"),
     "progscale.methods": ("full",),
+    "progscale.schedules": ("custom", "growing", "none", "progtuning", "weighted", "without_low_blocks"),
     "progscale.families": ("bert", "deberta-v2", "distilbert", "electra", "roberta", "xlm-roberta-xl"),
 }
 
@@ -28,12 +28,18 @@ def known(group: str) -> list[str]:
 def name_faults(config: Config) -> list[Fault]:
     """Every name in the config that nothing is registered under; plug-ins are to be imported before."""
     faults = []
-    for key, given, allowed in (
-        ("task.name", config.task.name, known("progscale.tasks")),
-        ("method.name", config.method.name, known("progscale.methods")),
-        ("model.family", config.model.family, known("progscale.families")),
-        ("schedule.name", config.schedule.name, SCHEDULES.names()),
+    for key, given, group in (
+        ("task.name", config.task.name, "progscale.tasks"),
+        ("method.name", config.method.name, "progscale.methods"),
+        ("model.family", config.model.family, "progscale.families"),
+        ("schedule.name", config.schedule.name, "progscale.schedules"),
     ):
-        if given is not None and given not in allowed:
+        if given is None or given in (allowed := known(group)):
+            continue
+        # An entry point may name a module that registers other names than its own; only importing it tells.
+        for point in entry_points(group=group):
+            point.load()
+        allowed = known(group)
+        if given not in allowed:
             faults.append(Fault(key, f"'{given}' is unknown; known: {', '.join(allowed)}{nearest(given, allowed)}"))
     return faults

@@ -89,7 +89,15 @@ class Session:
         """This rank's micro-batches of an evaluation split."""
         size = self.config.train.eval_batch_size
         world_size, rank = self.engine.world_size, self.engine.rank
-        batches = eval_batches(split, size, world_size, rank, pad=self.padding, multiple_of=self.loader.multiple_of)
+        batches = eval_batches(
+            split,
+            size,
+            world_size,
+            rank,
+            pad=self.padding,
+            max_tokens=self.config.train.max_tokens_per_micro_batch,
+            multiple_of=self.loader.multiple_of,
+        )
         return self.console.track(batches, len(split), world_size)
 
     def evaluation_due(self, step: int, stage: Stage) -> bool:

@@ -24,8 +24,8 @@ from progscale.learning_rate import LearningRate
 from progscale.meters import MemoryMeter
 from progscale.methods import METHODS, Method
 from progscale.models.family import Family, ModelRequest
-from progscale.models.loading import build_meta, find_family
-from progscale.models.tokenizers import check_tokenizer, load_tokenizer
+from progscale.models.loading import build_meta, check_weights, find_family
+from progscale.models.tokenizers import check_tokenizer, drop_token_types, load_tokenizer
 from progscale.optim import AdamW, build_for
 from progscale.plan import Plan, make_plan, render_plan, schedule_options
 from progscale.schedule import Stage, build_stages
@@ -70,6 +70,8 @@ def prepare(config: Config, permissions: Permissions = NO_PERMISSIONS, *, dry_ru
     """
     set_up_cpu(config.run.threads)
     found = find_inputs(config, permissions)
+    if not dry_run:
+        check_weights(found.request, found.family)
     task, family = found.task, found.family
     accelerator = join_ranks(config)
     console = RunConsole(accelerator.is_main_process)
@@ -136,6 +138,7 @@ def find_inputs(config: Config, permissions: Permissions) -> Inputs:
     family = find_family(request, config.model.family)
     skeleton = build_meta(request, family)
     tokenizer = demo_tokenizer() if config.model.name is None else tokenizer_of(config, family, permissions)
+    drop_token_types(tokenizer, getattr(skeleton, "config", None))
     check_tokenizer(tokenizer, getattr(skeleton, "config", None), config.train.max_length, family)
     return Inputs(task, request, family, skeleton, tokenizer)
 

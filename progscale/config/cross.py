@@ -239,7 +239,9 @@ def _sources(checks: _Checks) -> None:
 
 def _table(checks: _Checks) -> None:
     task = checks.config.task
-    sources = [name for name in ("path", "hub", "train_file") if getattr(task, name) is not None]
+    # A training file is one below the path, where both are given.
+    possible = ("hub", "train_file") if task.path is None else ("path", "hub")
+    sources = [name for name in possible if getattr(task, name) is not None]
     others = ("task.path", "task.hub", "task.train_file")
     if not sources:
         checks.fault(

@@ -238,6 +238,10 @@ def _check_zero(rest: Mapping[str, Any], where: Where, fault: Callable[[KeyPath,
             fault(path, f"not supported{where(path)}: {keys.REFUSED_ZERO_KEYS[key]}")
         elif key not in keys.ZERO_KEYS:
             fault(path, f"is not a key of DeepSpeed's ZeRO{where(path)}{nearest(key, keys.ZERO_KEYS)}")
+        elif key in keys.ZERO_BOOLEANS and not isinstance(zero[key], bool) and zero[key] != "auto":
+            fault(path, f"{show(zero[key])}{where(path)} must be true or false")
+        elif key in keys.ZERO_NUMBERS and not _is_size(zero[key]) and zero[key] != "auto":
+            fault(path, f"{show(zero[key])}{where(path)} must be a number of elements, 0 or more")
     stage = zero.get("stage", 0)
     path = (*root, "stage")
     if "stage" not in zero:
@@ -257,6 +261,10 @@ def _check_zero(rest: Mapping[str, Any], where: Where, fault: Callable[[KeyPath,
         ("offload_param", keys.OFFLOAD_PARAM_KEYS),
     ):
         _check_offload(zero.get(name), (*root, name), allowed, stage, where, fault)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
 
 
 def _check_offload(
@@ -303,6 +311,12 @@ def _check_others(rest: Mapping[str, Any], where: Where, fault: Callable[[KeyPat
             )
     elif types is not None:
         fault(("data_types",), f"{show(types)}{where(('data_types',))} must be an object")
+    for path, (only, why) in keys.FIXED.items():
+        value: Any = rest
+        for key in path:
+            value = value.get(key, only) if isinstance(value, Mapping) else only
+        if value not in (only, "auto"):
+            fault(path, f"{show(value)}{where(path)} is not supported: {why}; remove it")
     scale = rest.get("fp16")
     if isinstance(scale, Mapping) and scale.get("fp16_master_weights_and_grads"):
         path = ("fp16", "fp16_master_weights_and_grads")

@@ -147,6 +147,52 @@ UNPROVEN = {
     ("zero_optimization", "offload_optimizer", "super_offload"): False,
 }
 
+# Refused unless they have the value that a run has anyway: path → (that value, why).
+FIXED: dict[tuple[str, ...], tuple[object, str]] = {
+    ("data_types", "param_dtype"): (None, "use train.precision"),
+    ("gradient_predivide_factor",): (1.0, "ZeRO has no such scaling"),
+    ("prescale_gradients",): (False, "ZeRO has no such scaling"),
+    ("zero_allow_untested_optimizer",): (True, "the optimizer is torch's AdamW"),
+    ("zero_force_ds_cpu_optimizer",): (False, "the optimizer is torch's AdamW, fused on a CPU too"),
+}
+
+ZERO_BOOLEANS = frozenset(
+    {
+        "allgather_partitions",
+        "compute_grad_norm",
+        "contiguous_gradients",
+        "enable_sanity_checks",
+        "ignore_unused_parameters",
+        "legacy_stage1",
+        "load_from_fp32_weights",
+        "log_trace_cache_warnings",
+        "memory_efficient_linear",
+        "overlap_comm",
+        "override_module_apply",
+        "pipeline_loading_checkpoint",
+        "reduce_scatter",
+        "round_robin_gradients",
+        "stage3_allgather_sequential",
+        "stage3_gather_16bit_weights_on_model_save",
+        "stage3_use_all_reduce_for_fetch_params",
+        "use_multi_rank_bucket_allreduce",
+    }
+)
+ZERO_NUMBERS = frozenset(
+    {
+        "allgather_bucket_size",
+        "parameter_alignment",
+        "reduce_bucket_size",
+        "stage3_max_live_parameters",
+        "stage3_max_reuse_distance",
+        "stage3_model_persistence_threshold",
+        "stage3_module_granularity_threshold",
+        "stage3_param_persistence_threshold",
+        "stage3_prefetch_bucket_size",
+        "sub_group_size",
+    }
+)
+
 OFFLOAD_OPTIMIZER_KEYS = frozenset(
     {
         "buffer_count",

@@ -11,7 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,8 @@ import xxhash
 from progscale.engine import ranks
 from progscale.engine.state import Shard, match_shards, move_shard, redistribute
 from progscale.optim import AdamW, StageBuild
+
+T = TypeVar("T")
 
 Precision = Literal["fp32", "bf16", "bf16_params", "fp16"]
 LossFunction = Callable[[Any, Mapping[str, torch.Tensor]], torch.Tensor]
@@ -273,6 +275,10 @@ class Engine(ABC):
     def gather_objects(self, thing: Any) -> list[Any]:
         """`thing` of every rank, in the order of ranks. A collective."""
         return ranks.gather_objects(thing)
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """What `action` gives on the main process, on every rank; an error of the user's input is raised on all. A collective."""
+        return self.gather_objects(ranks.on_main(action))[0]
 
     def all_true(self, flag: bool) -> bool:
         """Whether the flag is set on every rank. A collective."""

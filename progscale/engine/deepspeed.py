@@ -47,7 +47,7 @@ class DeepSpeedEngine(Engine):
         self.deepspeed = dict(deepspeed)
         zero = self.deepspeed["zero_optimization"]
         self.zero_stage = int(zero["stage"])
-        self.offloads = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+        self.offloads = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
         self.name = f"zero{self.zero_stage}" + ("-offload" if self.offloads else "")
         self.scales_loss = settings.precision == "fp16"
         self._engine: Any = None
@@ -320,9 +320,9 @@ def stage_config(deepspeed: Mapping[str, Any], settings: EngineSettings, world_s
         zero_allow_untested_optimizer=True,
         # torch's fused AdamW is vectorised on the CPU too; DeepSpeed's own would need a compiler on every node.
         zero_force_ds_cpu_optimizer=False,
-        steps_per_print=2**31,
         bf16={"enabled": settings.precision == "bf16_params"},
     )
+    config.setdefault("steps_per_print", 2**31)
     if settings.precision == "fp16":
         config["fp16"] = {**config.get("fp16", {}), "enabled": True}
     else:

@@ -107,6 +107,16 @@ def load_model(request: ModelRequest, family: Family | str | None = None) -> tor
     return _from_pretrained(request, found, config, auto)
 
 
+def check_weights(request: ModelRequest, family: Family) -> None:
+    """Finds a model's weights, and downloads those of a hub id, before time is spent on its data.
+
+    Raises:
+        ModelError: there are none in safetensors (and pickle is not allowed), or a file is missing or cut short.
+    """
+    if family.load is None and not request.random_weights and not request.allow_pickle:
+        checkpoint_files(request.name, request.revision)
+
+
 def build_meta(request: ModelRequest, family: Family | str | None = None) -> torch.nn.Module:
     """The model of a request on the meta device: names and shapes, no memory, no weights read.
 

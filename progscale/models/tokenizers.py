@@ -54,6 +54,13 @@ def load_tokenizer(
         raise ModelError(f"tokenizer '{name}': {where} ({text[0].strip()})") from error
 
 
+def drop_token_types(tokenizer: Any, config: Any) -> None:
+    """Leaves token types out of a tokenizer's outputs where the model knows one type only (a RoBERTa with BERT's tokenizer)."""
+    names = getattr(tokenizer, "model_input_names", None)
+    if names is not None and getattr(config, "type_vocab_size", None) == 1:
+        tokenizer.model_input_names = [name for name in names if name != "token_type_ids"]
+
+
 def max_tokens(config: Any, family: Family | None = None) -> int | None:
     """The longest input in tokens (special ones included) that a model takes; None for no limit."""
     family = family or families_by_type().get(getattr(config, "model_type", ""))

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ DIGEST_BYTES = 32
 PLAIN_PROGRESS_SECONDS = 10.0
 
 log = logging.getLogger("progscale.data")
+# Any rank may be the one that works while the others wait: its progress is shown, whichever it is.
+progress = logging.getLogger("progscale.progress")
 
 Arrays = dict[str, np.ndarray]
 
@@ -57,6 +60,8 @@ def fingerprint_tokenizer(tokenizer: Any) -> str | None:
     backend.pop("truncation", None)
     backend.pop("padding", None)
     parts = [type(tokenizer).__name__, tokenizer.truncation_side, list(tokenizer.model_input_names), backend]
+    # A release may mend a tokenizer's output, and these two are not in the backend's own description.
+    parts += [version("tokenizers"), getattr(tokenizer, "split_special_tokens", False), getattr(tokenizer, "cls_token_id", None)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -154,7 +159,7 @@ def batches_with_progress(total: int, size: int, what: str, poll: Callable[[], N
                 bar.update(end - begin)
             elif time.monotonic() - last > PLAIN_PROGRESS_SECONDS:
                 last = time.monotonic()
-                log.info("%s: %d of %d rows", what, end, total)
+                progress.info("%s: %d of %d rows", what, end, total)
     finally:
         if bar is not None:
             bar.close()

@@ -163,7 +163,8 @@ def read_tsv(path: Path, header: list[str] | None = None, *, skip_broken: bool =
 def read_csv(path: Path, delimiter: str | None = None) -> Table:
     """A table with a header; fields may stand in double quotes.
 
-    In a file divided by tabs, quotes are taken literally where reading them as quotes does not work out.
+    In a file divided by tabs, quotes are taken literally where reading them as quotes does not work out, or would join lines
+    each of which is a whole row by itself.
 
     Args:
         path: the file.
@@ -180,6 +181,8 @@ def read_csv(path: Path, delimiter: str | None = None) -> Table:
         if delimiter != "\t":
             raise
         return read_tsv(path)
+    if delimiter == "\t" and _joins_whole_lines(text, len(table)):
+        return read_tsv(path)
     if len(table.columns) == 1:
         (only,) = table.columns
         for other, shown in DELIMITER_NAMES.items():
@@ -191,6 +194,12 @@ def read_csv(path: Path, delimiter: str | None = None) -> Table:
                 )
                 return Table(table.name, table.columns, table.where, textual=True, hint=hint)
     return table
+
+
+def _joins_whole_lines(text: str, rows: int) -> bool:
+    """Whether quotes made fewer rows than there are lines, all of which have the header's number of tabs."""
+    lines = [line for line in text.splitlines() if line]
+    return rows < len(lines) - 1 and len({line.count("\t") for line in lines}) == 1
 
 
 def _parse_csv(path: Path, text: str, delimiter: str) -> Table:

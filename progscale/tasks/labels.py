@@ -92,6 +92,7 @@ def class_values(table: Table, column: str, names: Sequence[str] | None) -> list
     values = table.column(column, "task.label_column")
     if table.class_names and column in table.class_names:
         known = table.class_names[column]
+        _refuse_unlabelled(table, column, values)
         values = [known[v] if type(v) is int and 0 <= v < len(known) else v for v in values]
     kind: type | None = None
     for row, value in enumerate(values):

@@ -111,8 +111,14 @@ class SentenceTask:
         return self._splits
 
     def check(self) -> None:
-        """Reads all of the data and raises DataError for its first fault, without a tokenizer or a model."""
+        """Reads all of the data and tries the user's metric, without a tokenizer or a model.
+
+        Raises:
+            DataError: the first fault of the data.
+            ConfigError: the metric fails.
+        """
         self.splits()
+        self._try_own_metric()
 
     def tokenize(self, tokenizer: Any, max_length: int) -> dict[str, Tokenized]:
         """The splits as tokens, cut to `max_length`; kept on disk for the next run.
@@ -165,22 +171,42 @@ class SentenceTask:
         outputs = np.asarray([predictions[row] for row in range(len(split))], dtype=np.float32)
         references = np.asarray(split.labels["labels"])
         guesses = outputs.argmax(axis=1) if self.label_names else outputs[:, 0]
-        scores = compute_scores(self.metric_names, guesses, references)
+        scores = compute_scores(self.metric_names, guesses, references, classes=len(self.label_names))
         if self._own_metric:
-            inputs = {"predictions": guesses.tolist(), "references": references.tolist()}
-            # Ranking metrics ask for the score of the positive class under another name.
-            optional = {"prediction_scores": outputs[:, -1].tolist()}
-            scores.update(own_scores(self._own_metric, self.primary_metric, inputs, optional))
+            scores.update(self._own_scores(self._own_metric, outputs, guesses, references))
         second = name.removeprefix("validation_") if name.startswith("validation_") else "matched"
         suffix = "" if second == "matched" else f"_{second}"
         return {f"{metric}{suffix}": value for metric, value in scores.items()}
 
+    def _own_scores(self, source: str, outputs: np.ndarray, guesses: np.ndarray, references: np.ndarray) -> dict[str, float]:
+        inputs = {"predictions": guesses.tolist(), "references": references.tolist()}
+        # Ranking metrics ask for scores under another name: of two classes the log odds of the second, of more their shares.
+        if outputs.shape[1] == 2:
+            ranking = outputs[:, 1] - outputs[:, 0]
+        elif outputs.shape[1] == 1:
+            ranking = outputs[:, 0]
+        else:
+            powers = np.exp(outputs - outputs.max(axis=1, keepdims=True))
+            ranking = powers / powers.sum(axis=1, keepdims=True)
+        return own_scores(source, self.primary_metric, inputs, {"prediction_scores": ranking.tolist()})
 
-def compute_scores(names: tuple[str, ...], guesses: np.ndarray, references: np.ndarray) -> dict[str, float]:
-    """The built-in metrics of these names."""
+    def _try_own_metric(self) -> None:
+        """Lets the user's metric score a few right answers, so that one which does not fit fails now and not after an epoch."""
+        if not self._own_metric:
+            return
+        count = max(2, self.num_labels)
+        references = np.arange(2 * count) % count
+        if not self.label_names:
+            self._own_scores(self._own_metric, references[:, None].astype(np.float32), references * 1.0, references * 1.0)
+            return
+        self._own_scores(self._own_metric, np.eye(count, dtype=np.float32)[references], references, references)
+
+
+def compute_scores(names: tuple[str, ...], guesses: np.ndarray, references: np.ndarray, *, classes: int = 0) -> dict[str, float]:
+    """The built-in metrics of these names; `classes` decides which F1 is meant, 0 for regression."""
     from progscale.tasks.metrics.glue import SentenceMetric
 
-    result = SentenceMetric.of(names).compute(predictions=guesses.tolist(), references=references.tolist())
+    result = SentenceMetric.of(names, classes).compute(predictions=guesses.tolist(), references=references.tolist())
     return {name: float(value) for name, value in (result or {}).items()}
 
 

@@ -147,8 +147,17 @@ class SquadTask:
         return self._splits
 
     def check(self) -> None:
-        """Reads all of the data and raises DataError for its first fault, without a tokenizer or a model."""
-        self.splits()
+        """Reads all of the data and tries the user's metric on a few right answers, without a tokenizer or a model.
+
+        Raises:
+            DataError: the first fault of the data.
+            ConfigError: the metric fails.
+        """
+        questions = self.splits()["validation"]
+        if self._own_metric:
+            few = questions.take(np.arange(min(4, len(questions))))
+            right = {key: (texts[0] if texts else "", 0.0) for key, texts in zip(few.ids, few.answers, strict=True)}
+            own_scores(self._own_metric, self.primary_metric, self._common_format(right, few))
 
     def tokenize(self, tokenizer: Any, max_length: int) -> dict[str, Tokenized]:
         """The windows of both splits; kept on disk for the next run.

@@ -15,6 +15,7 @@ import pytest
 
 from progscale.cli import main
 from progscale.config import load_config
+from progscale.schedule import SCHEDULES
 from tests.harness.programs import REPOSITORY, Answer, in_process
 
 Command = Callable[..., Answer]
@@ -202,6 +203,7 @@ def test_a_misspelt_name_beside_a_plugin(command: Command) -> None:
         "from progscale.schedule import register\n@register('odd_blocks')\ndef odd(request):\n    return [[1]] * request.stages\n"
     )
     answer = command("train", "--plugin", "my_schedule", "--set", "schedule.name=od_blocks", "--set", "method.name=ful")
+    SCHEDULES.remove("odd_blocks")
     assert answer.code == 2
     assert "did you mean 'odd_blocks'?" in answer.err
     assert "did you mean 'full'?" in answer.err

@@ -11,7 +11,21 @@ import numpy as np
 
 from progscale.errors import ConfigError, Fault, nearest
 
-LOWER_IS_BETTER = ("mse", "rmse", "mae", "mape", "error", "loss", "perplexity", "wer", "cer", "brier_score")
+LOWER_IS_BETTER = (
+    "mse",
+    "rmse",
+    "mae",
+    "mape",
+    "smape",
+    "mase",
+    "error",
+    "loss",
+    "perplexity",
+    "wer",
+    "cer",
+    "ter",
+    "brier_score",
+)
 
 
 @lru_cache(maxsize=8)
@@ -33,6 +47,11 @@ def load_own(source: str) -> Any:
         ) from error
 
 
+def higher_is_better(metric: str) -> bool:
+    """Whether a larger value of the metric of this name is better."""
+    return metric not in LOWER_IS_BETTER and not metric.endswith(("_loss", "_error"))
+
+
 def choose_metric(wanted: str | None, own: tuple[str, ...]) -> tuple[str, bool, str | None]:
     """(primary metric, whether higher is better, name or path of a metric for `evaluate.load`) for `task.metric`.
 
@@ -47,11 +66,11 @@ def choose_metric(wanted: str | None, own: tuple[str, ...]) -> tuple[str, bool, 
         if not primary:
             raise ConfigError(Fault("task.metric", "'evaluate:' needs the name or path of a metric after it"))
         load_own(source)
-        return primary, primary not in LOWER_IS_BETTER, source
+        return primary, higher_is_better(primary), source
     if wanted not in own:
         message = f"'{wanted}' is not a metric of this task ({', '.join(own)}) and does not begin with 'evaluate:'"
         raise ConfigError(Fault("task.metric", message + nearest(wanted, own)))
-    return wanted, wanted not in LOWER_IS_BETTER, None
+    return wanted, higher_is_better(wanted), None
 
 
 def own_scores(

@@ -11,6 +11,7 @@ from transformers import AutoConfig, BertTokenizerFast
 
 from progscale.errors import ModelError
 from progscale.models import check_tokenizer, family_of, load_tokenizer, max_tokens
+from progscale.models.tokenizers import drop_token_types
 from tests.tiny import tiny_config
 from tests.unit.models.conftest import WORDS
 
@@ -84,3 +85,12 @@ def test_a_tokenizer_that_only_has_a_length() -> None:
 
     with pytest.raises(ModelError, match=r"token ids up to 199"):
         check_tokenizer(Plain(), tiny_config("bert"), 8)
+
+
+def test_token_types_of_a_model_that_knows_one_type_only() -> None:
+    """A RoBERTa with BERT's tokenizer has no row for type 1; its default is 0 for every token."""
+    tokenizer = SimpleNamespace(model_input_names=["input_ids", "token_type_ids", "attention_mask"])
+    drop_token_types(tokenizer, tiny_config("bert"))
+    assert "token_type_ids" in tokenizer.model_input_names
+    drop_token_types(tokenizer, tiny_config("roberta"))
+    assert tokenizer.model_input_names == ["input_ids", "attention_mask"]

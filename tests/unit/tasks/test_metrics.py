@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from progscale.tasks.metrics import higher_is_better
 from progscale.tasks.metrics.glue import SentenceMetric
 from progscale.tasks.metrics.squad import best_threshold, exact_match, f1, normalize, squad_scores
 
@@ -87,6 +88,22 @@ def test_glue_metrics_by_hand() -> None:
     numbers = ("pearson", "spearman", "mse", "mae")
     result = SentenceMetric.of(numbers).compute(predictions=[1.0, 2.0, 4.0], references=[1.0, 2.0, 3.0])
     assert result == pytest.approx({"pearson": 3 / math.sqrt(2 * 14 / 3), "spearman": 1.0, "mse": 1 / 3, "mae": 1 / 3})
+
+
+def test_f1_means_the_same_whatever_classes_occur() -> None:
+    """Of three classes, an evaluation in which the third does not occur is still a mean over classes."""
+    guesses = {"predictions": [0, 1, 1, 0], "references": [0, 1, 0, 0]}
+    of_class_1, mean = 2 / 3, (0.8 + 2 / 3) / 2
+    assert SentenceMetric.of(("f1",), 2).compute(**guesses)["f1"] == pytest.approx(of_class_1)
+    assert SentenceMetric.of(("f1",)).compute(**guesses)["f1"] == pytest.approx(of_class_1)
+    assert SentenceMetric.of(("f1",), 3).compute(**guesses)["f1"] == pytest.approx(mean)
+
+
+@pytest.mark.parametrize(
+    ("metric", "higher"), [("f1", True), ("mse", False), ("smape", False), ("hamming_loss", False), ("max_error", False)]
+)
+def test_which_way_is_better(metric: str, higher: bool) -> None:
+    assert higher_is_better(metric) is higher
 
 
 def test_more_than_two_classes_and_constant_predictions() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from progscale.errors import ConfigError, DataError
 from progscale.tasks.base import TASKS
 from progscale.tasks.demo import demo_tokenizer
+from progscale.tasks.metrics import load_own
 from progscale.tasks.table import split_rows
 
 ROWS = [("the fox sees", "good"), ("the hare hears", "bad"), ("a wolf, twice", "good"), ('"quoted" hen', "bad")] * 5
@@ -254,6 +256,45 @@ def test_rows_that_are_cut_are_told(tmp_path: Path, caplog: pytest.LogCaptureFix
         assert r"train: 2 of 4 rows (50.0 %) are longer than train.max_length 4" in caplog.text
 
 
+def test_a_ranking_metric_gets_what_ranks(tmp_path: Path) -> None:
+    """Two logits rank by their difference: 3 over 2 is a surer yes than 4 over 5."""
+    path = write(tmp_path / "train.csv", GOOD)
+    own = tmp_path / "highest.py"
+    own.write_text(
+        "import datasets\nimport evaluate\n"
+        "class Highest(evaluate.Metric):\n"
+        "    def _info(self):\n"
+        "        kinds = {'prediction_scores': datasets.Value('float32'), 'references': datasets.Value('int64')}\n"
+        "        return evaluate.MetricInfo(description='', citation='', inputs_description='',\n"
+        "                                   features=datasets.Features(kinds))\n"
+        "    def _compute(self, prediction_scores, references):\n"
+        "        return {'highest': max(range(len(references)), key=lambda row: prediction_scores[row])}\n"
+    )
+    task = build(train_file=path, validation_file=path, metric=f"evaluate:{own}")
+    tokens = task.tokenize(demo_tokenizer(), 8)["validation"]
+    outputs = {row: [5.0, 4.0] for row in range(len(tokens))} | {3: [2.0, 3.0]}
+    assert task.score(outputs, tokens, "validation")["highest"] == 3
+
+
+def test_quotes_that_close_by_chance_join_no_rows(tmp_path: Path) -> None:
+    text = 'sentence\tlabel\n"I went home.\t1\nIt rained.\t0\nThen I slept."\t0\n' + "a\t1\n" * 9
+    task = build(train_file=write(tmp_path / "a.tsv", text), validation_file=write(tmp_path / "b.tsv", text))
+    read = task.read()["train"]
+    assert read.texts[:3] == ['"I went home.', "It rained.", 'Then I slept."']
+    assert len(read) == 12
+    real = 'sentence\tlabel\n"two\nlines"\t1\nb\t0\n'
+    task = build(train_file=write(tmp_path / "c.tsv", real), validation_file=write(tmp_path / "d.tsv", real))
+    assert task.read()["train"].texts == ["two\nlines", "b"], "a quoted field may hold a line end"
+
+
+def test_unlabelled_rows_of_named_classes_are_told_as_such(tmp_path: Path) -> None:
+    kinds = datasets.Features({"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    rows = {"sentence": ["a", "b", "c"], "label": [0, 1, -1]}
+    datasets.Dataset.from_dict(rows, features=kinds).save_to_disk(str(tmp_path / "disk"))
+    with pytest.raises(DataError, match=r"the label 'label' is -1; "):
+        build(path=str(tmp_path / "disk"))
+
+
 def test_a_metric_of_the_user(tmp_path: Path) -> None:
     path = write(tmp_path / "train.csv", GOOD)
     own = tmp_path / "hits.py"
@@ -272,6 +313,11 @@ def test_a_metric_of_the_user(tmp_path: Path) -> None:
     tokens = task.tokenize(demo_tokenizer(), 8)["validation"]
     right = {row: [1.0 - label, float(label)] for row, label in enumerate(tokens.labels["labels"])}
     assert task.score(right, tokens, "validation")["hits"] == 20
+    task.check()
+    own.write_text(own.read_text().replace("'count': sum(", "'count': 1 / 0 + sum("))
+    load_own.cache_clear()
+    with pytest.raises(ConfigError, match=r"task.metric: evaluate:.*hits.py failed: ZeroDivisionError"):
+        build(train_file=path, validation_file=path, metric=f"evaluate:{own}").check()
     with pytest.raises(ConfigError, match=r"task.metric: evaluate:.*nowhere.py cannot be loaded"):
         build(train_file=path, metric=f"evaluate:{tmp_path}/nowhere.py")
     with pytest.raises(ConfigError, match=r"task.metric: 'acuracy' is not .*did you mean 'accuracy'\?"):
