@@ -85,7 +85,7 @@ def test_a_fault_of_the_main_process_reaches_all_ranks(two_ranks: TwoRanks, tmp_
     path = tmp_path / "a"
     function = "tests.harness.programs:folder_on_all_ranks"
     assert two_ranks.run(function, path=str(path)) == ["a folder", "nothing"]
-    (path / "config.json").write_text("{}")
+    (path / "config.json").write_text('{"hash": "of another"}')
     first, second = two_ranks.run(function, path=str(path))
     assert first == second
     assert "holds a run of another config" in first

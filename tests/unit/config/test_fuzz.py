@@ -88,6 +88,8 @@ def trees(draw: st.DrawFn) -> dict[str, Any]:
     for key in sorted(keys):
         section, _, name = key.rpartition(".")
         (tree.setdefault(section, {}) if section else tree)[name] = draw(VALID[key])
+    if tree.get("optimizer", {}).get("lr_schedule") == "constant":
+        tree["optimizer"].pop("final_lr_fraction", None)  # a constant curve has no end of its own
     return tree
 
 
