@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if rank == "0" or (local_rank == "0" and isinstance(error, DataError | ModelError)):
             print(f"progscale: {'' if rank == '0' else f'[rank {rank}] '}{error}", file=sys.stderr)
         return error.exit_code
+    except Exception:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            raise
+        # Leaving the ordinary way would wait for the other ranks in NCCL's teardown; the launcher ends them.
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -169,8 +177,12 @@ def run_train(options: argparse.Namespace) -> int:
     if isinstance(session, Session):
         try:
             train(session)
-        finally:
-            session.close()
+        except BaseException as error:
+            # Every rank meets an error of ours; any other may have met this rank alone, and the others wait in a collective.
+            if isinstance(error, ProgscaleError) or session.engine.world_size == 1:
+                session.close()
+            raise
+        session.close()
     return 0
 
 

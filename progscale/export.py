@@ -18,22 +18,23 @@ def export_model(engine: Engine, tokenizer: Any, path: Path) -> None:
     Parameters are gathered one at a time; the main process holds them all on the CPU while it writes.
     """
     state = {name: value for name, value in engine.full_parameters() if value is not None}
-    if engine.is_main:
-        module = engine.module
-        persistent = set(module.state_dict().keys())
-        state |= {name: buffer.detach().cpu() for name, buffer in module.named_buffers() if name in persistent}
-        partial = path.with_name(path.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _save(module, state, partial)
-        if tokenizer is not None:
-            if getattr(tokenizer, "is_fast", False):
-                # What the last call cut, which no later user wants cut.
-                tokenizer.backend_tokenizer.no_truncation()
-            tokenizer.save_pretrained(partial)
-        shutil.rmtree(path, ignore_errors=True)
-        os.rename(partial, path)
-    engine.barrier()
+    engine.on_main(lambda: _write(engine.module, state, tokenizer, path))
+
+
+def _write(module: torch.nn.Module, state: dict[str, torch.Tensor], tokenizer: Any, path: Path) -> None:
+    persistent = set(module.state_dict().keys())
+    state |= {name: buffer.detach().cpu() for name, buffer in module.named_buffers() if name in persistent}
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    _save(module, state, partial)
+    if tokenizer is not None:
+        if getattr(tokenizer, "is_fast", False):
+            # What the last call cut, which no later user wants cut.
+            tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.save_pretrained(partial)
+    shutil.rmtree(path, ignore_errors=True)
+    os.rename(partial, path)
 
 
 def _save(module: Any, state: dict[str, torch.Tensor], folder: Path) -> None:

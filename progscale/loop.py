@@ -11,7 +11,7 @@ import torch
 from progscale.engine.base import StepResult
 from progscale.errors import NonFiniteError
 from progscale.export import export_model
-from progscale.meters import StageMeter, StageRecord
+from progscale.meters import Audit, StageMeter, StageRecord
 from progscale.session import Session
 from progscale.tasks.base import Task, Tokenized, evaluate_task
 from progscale.trackers import score_line, stage_table
@@ -28,8 +28,9 @@ def train(session: Session) -> dict[str, Any]:
     progress = Progress()
     s.console.begin(s.total_steps)
     for build in s.builds:
+        audit = Audit(engine, s.frozen(build))
         switch = engine.begin_stage(build)
-        meter = StageMeter(engine, build, s.sizes, s.memory)
+        meter = StageMeter(engine, build, s.sizes, s.memory, audit)
         meter.start()
         for step, batch in s.batches(build.stage):
             seed_step(config.run.seed, step, engine.rank)
@@ -120,7 +121,8 @@ def check_finite(s: Session, progress: Progress, result: StepResult, step: int, 
         return
     progress.skipped_in_a_row += 1
     allowed = s.skip_limit
-    what = f"step {step}: the {result.fault} is not finite on rank {', '.join(map(str, result.ranks))}"
+    where = f" on rank {', '.join(map(str, result.ranks))}" if result.ranks else ""
+    what = f"step {step}: the {result.fault} is not finite{where}"
     s.log("nonfinite", step=step, fault=result.fault, ranks=list(result.ranks), rows=batch.rows.tolist())
     if progress.skipped_in_a_row > allowed:
         s.console.end()

@@ -76,12 +76,12 @@ class StageRecord:
         skipped_steps: steps whose update was left out.
         train_seconds: of training steps alone.
         switch_seconds: building the stage and moving the state.
-        audit_seconds: hashing the frozen tensors, at the start and the end of the stage.
+        audit_seconds: hashing the frozen tensors, before the switch and at the end of the stage.
         samples_per_second: rows of all ranks.
         tokens_per_second: real tokens of all ranks, without padding.
         peak_memory_bytes: the rank that needs most; GPU: allocated, CPU: resident above the start of the run.
         optimizer_state_bytes: moments and separate fp32 masters, the rank that holds most.
-        frozen_changed: frozen tensors whose bits changed during the stage; anything but 0 is a fault.
+        frozen_changed: frozen tensors whose bits changed in the switch or during the stage; anything but 0 is a fault.
         carried: how the optimizer state reached this stage: none, shards or slices.
     """
 
@@ -112,18 +112,32 @@ class StageRecord:
 
 
 class Audit:
-    """Hashes of the frozen tensors' bits at the start of a stage, compared at its end. Both are collectives."""
+    """Hashes of the bits of a stage's frozen tensors, taken before the switch and compared at the stage's end.
+
+    What a switch itself changes shows too. Before a run's first switch nothing is where it will stay (a ZeRO-3 engine
+    partitions it, a cast changes it), so there the hashes are taken when the stage starts.
+    """
 
     def __init__(self, engine: Engine, frozen: Sequence[str]) -> None:
-        start = time.perf_counter()
         self._engine = engine
-        self._before = engine.digests(frozen)
-        self.seconds = time.perf_counter() - start
+        self._frozen = list(frozen)
+        self._before: dict[str, str] | None = None
+        self.seconds = 0.0
+        if engine.build is not None:
+            self.start()
+
+    def start(self) -> None:
+        """Takes the hashes, unless they are there."""
+        if self._before is None:
+            start = time.perf_counter()
+            self._before = self._engine.digests(self._frozen)
+            self.seconds += time.perf_counter() - start
 
     def changed(self) -> list[str]:
-        """Names of the frozen tensors that changed on any rank."""
+        """Names of the frozen tensors that changed on any rank. A collective."""
+        assert self._before is not None, "an audit that was never started"
         start = time.perf_counter()
-        after = self._engine.digests(list(self._before))
+        after = self._engine.digests(self._frozen)
         mine = [name for name, bits in self._before.items() if after[name] != bits]
         everywhere = sorted({name for names in self._engine.gather_objects(mine) for name in names})
         self.seconds += time.perf_counter() - start
@@ -131,13 +145,14 @@ class Audit:
 
 
 class StageMeter:
-    """Measures one stage, from after the switch to its end."""
+    """Measures one stage, from after the switch to its end; its audit begins before."""
 
-    def __init__(self, engine: Engine, build: StageBuild, sizes: Mapping[str, int], memory: MemoryMeter) -> None:
+    def __init__(self, engine: Engine, build: StageBuild, sizes: Mapping[str, int], memory: MemoryMeter, audit: Audit) -> None:
         self._engine = engine
         self._build = build
         self._memory = memory
-        self.audit = Audit(engine, [name for name in sizes if name not in build.live])
+        self.audit = audit
+        audit.start()
         self.trainable_parameters = sum(sizes[name] for name in build.live)
         self._volume_before = engine.updated_volume()
         self.rows = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -62,6 +63,10 @@ class Session:
     def sizes(self) -> dict[str, int]:
         """Elements of every parameter."""
         return {name: info.numel for name, info in self.partition.parameters.items()}
+
+    def frozen(self, build: StageBuild) -> list[str]:
+        """Names of what a stage leaves alone."""
+        return [name for name in self.partition.parameters if name not in build.live]
 
     @property
     def model_path(self) -> Path:
@@ -129,11 +134,12 @@ class Session:
             self.folder.record(kind, **values)
 
     def log_step(self, step: int, stage: int, result: StepResult, rate: float) -> None:
-        """Shows a step, and records the mean loss since the last record at each logging step."""
-        self._unlogged.append(result.loss)
+        """Shows a step, and records the mean loss since the last record at each logging step; faulty steps do not count."""
+        if result.fault is None:
+            self._unlogged.append(result.loss)
         self.console.step(step, stage, result.loss, rate)
         if (step + 1) % self.config.train.logging_steps == 0 or step + 1 == self.total_steps:
-            mean = sum(self._unlogged) / len(self._unlogged)
+            mean = sum(self._unlogged) / len(self._unlogged) if self._unlogged else None
             self._unlogged.clear()
             self.log("step", step=step + 1, stage=stage, loss=mean, grad_norm=result.grad_norm, learning_rate=rate)
 
@@ -148,6 +154,7 @@ class Session:
         self.console.end()
         self.engine.close()
         self.engine.accelerator.end_training()
+        gc.unfreeze()  # frozen by `prepare`
 
     @property
     def environment(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -75,17 +76,29 @@ class RunFolder:
         """Writes a JSON file whole or not at all."""
         target = self.path / name
         partial = target.with_name(target.name + ".partial")
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(without_nan(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(partial, target)
 
     def record(self, kind: str, **values: Any) -> None:
         """Adds a line to metrics.jsonl."""
-        self._metrics.write(json.dumps({"kind": kind, "time": round(time.time(), 3), **values}) + "\n")
+        line = {"kind": kind, "time": round(time.time(), 3), **values}
+        self._metrics.write(json.dumps(without_nan(line), allow_nan=False) + "\n")
         self._metrics.flush()
 
     def close(self) -> None:
         """Closes metrics.jsonl."""
         self._metrics.close()
+
+
+def without_nan(value: Any) -> Any:
+    """The value with null for NaN and infinity, which no JSON has and most readers refuse."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(inner) for inner in value]
+    return value
 
 
 class RunConsole:

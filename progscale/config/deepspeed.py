@@ -104,7 +104,8 @@ class _Reader:
             if name not in allowed:
                 self.fault(
                     f"{key}.{name}",
-                    f"not supported (in {self.source}): masters and gradients of bf16 are always fp32 and checked"
+                    f"not supported (in {self.source}): the masters are always fp32, and every gradient is checked; for fp32 "
+                    f"gradients at stage 2 or 3 set data_types.grad_accum_dtype"
                     if key != "fp16"
                     else f"unknown key (from {self.source}){nearest(name, allowed)}",
                 )

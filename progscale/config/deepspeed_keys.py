@@ -18,10 +18,8 @@ TRANSLATED_KEYS = frozenset({*BATCH_KEYS, "gradient_clipping", "optimizer", "sch
 LITERAL_KEYS = frozenset(
     {
         "aio",
-        "comet",
         "comms_logger",
         "communication_data_type",
-        "csv_monitor",
         "data_types",
         "disable_allgather",
         "disable_python_gc",
@@ -34,11 +32,9 @@ LITERAL_KEYS = frozenset(
         "prescale_gradients",
         "seq_parallel_communication_data_type",
         "steps_per_print",
-        "tensorboard",
         "timers",
         "vocabulary_size",
         "wall_clock_breakdown",
-        "wandb",
         "zero_allow_untested_optimizer",
         "zero_force_ds_cpu_optimizer",
         "zero_optimization",
@@ -50,14 +46,18 @@ _DATA = "progscale forms the batches itself, the same at any number of processes
 _CHECKPOINT = "progscale writes its own checkpoints"
 _PARALLEL = "only data parallelism with ZeRO is supported"
 
+_MONITOR = "DeepSpeed's monitors begin anew at each stage; a run's metrics.jsonl has the whole of it"
+
 REFUSED_KEYS = {
     "activation_checkpointing": "it has no effect on transformers models; use train.gradient_checkpointing",
     "amp": f"{_GONE}; use train.precision",
     "autotuning": "it starts runs of its own; choose the batch sizes in the train section",
     "check_overflow": "the engine checks every gradient before the step; see train.nonfinite",
     "checkpoint": _CHECKPOINT,
+    "comet": _MONITOR,
     "compile": "a compiled engine cannot be rebuilt at a stage switch",
     "compression_training": _GONE,
+    "csv_monitor": _MONITOR,
     "curriculum_learning": f"{_GONE}; {_DATA}",
     "data_efficiency": _DATA,
     "dataloader_drop_last": _DATA,
@@ -75,8 +75,10 @@ REFUSED_KEYS = {
     "sparse_attention": _GONE,
     "sparse_gradients": _GONE,
     "tensor_parallel": _PARALLEL,
+    "tensorboard": _MONITOR,
     "torch_autocast": "use train.precision = bf16",
     "use_data_before_expert_parallelism": _PARALLEL,
+    "wandb": _MONITOR,
     "weight_quantization": "it trains quantised weights, which no stage could carry over exactly",
     "zenflow": "its delayed updates are not those of plain fine-tuning",
 }
@@ -152,6 +154,7 @@ FIXED: dict[tuple[str, ...], tuple[object, str]] = {
     ("data_types", "param_dtype"): (None, "use train.precision"),
     ("gradient_predivide_factor",): (1.0, "ZeRO has no such scaling"),
     ("prescale_gradients",): (False, "ZeRO has no such scaling"),
+    ("zero_optimization", "compute_grad_norm"): (True, "every step's gradient is checked before it changes a weight"),
     ("zero_allow_untested_optimizer",): (True, "the optimizer is torch's AdamW"),
     ("zero_force_ds_cpu_optimizer",): (False, "the optimizer is torch's AdamW, fused on a CPU too"),
 }
@@ -169,6 +172,7 @@ ZERO_BOOLEANS = frozenset(
         "memory_efficient_linear",
         "overlap_comm",
         "override_module_apply",
+        "parameter_alignment",
         "pipeline_loading_checkpoint",
         "reduce_scatter",
         "round_robin_gradients",
@@ -181,7 +185,6 @@ ZERO_BOOLEANS = frozenset(
 ZERO_NUMBERS = frozenset(
     {
         "allgather_bucket_size",
-        "parameter_alignment",
         "reduce_bucket_size",
         "stage3_max_live_parameters",
         "stage3_max_reuse_distance",

@@ -85,7 +85,7 @@ class StepResult:
         grad_norm: global L2 norm before clipping.
         applied: False when the update was left out.
         fault: "loss" or "gradient" when it was not finite on some rank; None when the loss scale of fp16 skipped the step.
-        ranks: the ranks where the fault was seen.
+        ranks: the ranks where the fault was seen; none when the wrapped optimizer alone saw one.
     """
 
     loss: float
@@ -222,12 +222,13 @@ class Engine(ABC):
         grad_norm = float(self._combine_squared(reports[:, 1]).sqrt())
         bad_loss = [rank for rank, value in enumerate(reports[:, 0]) if not torch.isfinite(value)]
         bad_gradient = [rank for rank, value in enumerate(reports[:, 1]) if not torch.isfinite(value)]
-        if bad_loss or (bad_gradient and not self.scales_loss):
+        if bad_loss or (bad_gradient and not self._scale_can_fall()):
             self._discard()
             fault: Literal["loss", "gradient"] = "loss" if bad_loss else "gradient"
             return StepResult(loss, grad_norm, False, fault, tuple(bad_loss or bad_gradient))
         applied = self._apply(learning_rate, grad_norm)
-        return StepResult(loss, grad_norm, applied)
+        # Nothing but the loss scale may leave out a step whose gradient is finite.
+        return StepResult(loss, grad_norm, applied, None if applied or self.scales_loss else "gradient")
 
     def forward(self, inputs: Mapping[str, torch.Tensor]) -> Any:
         """The model's outputs for one micro-batch, in the engine's precision."""
@@ -277,7 +278,7 @@ class Engine(ABC):
         return ranks.gather_objects(thing)
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """What `action` gives on the main process, on every rank; an error of the user's input is raised on all. A collective."""
+        """What `action` gives on the main process, on every rank; its error is raised on all. A collective."""
         return self.gather_objects(ranks.on_main(action))[0]
 
     def all_true(self, flag: bool) -> bool:
@@ -350,6 +351,10 @@ class Engine(ABC):
 
     def _local_state_bytes(self) -> int:
         return sum(shard.state_bytes() for shard in self.shards())
+
+    def _scale_can_fall(self) -> bool:
+        """Whether a gradient that is not finite may be the loss scale's doing, which then falls and the step is left out."""
+        return False
 
     def _scaler_state(self) -> dict[str, Any] | None:
         return None

@@ -51,6 +51,10 @@ class DeepSpeedEngine(Engine):
         self.name = f"zero{self.zero_stage}" + ("-offload" if self.offloads else "")
         self.scales_loss = settings.precision == "fp16"
         self._engine: Any = None
+        for child in module.modules():
+            # DeepSpeed moves no module that is partitioned already, and with it none of its buffers.
+            for key, buffer in child._buffers.items():
+                child._buffers[key] = None if buffer is None else buffer.to(self.device)
         check_release(
             version("deepspeed"),
             self.zero_stage,
@@ -61,6 +65,9 @@ class DeepSpeedEngine(Engine):
     # -- stages ---------------------------------------------------------------------------------------------------
 
     def _build(self, build: StageBuild) -> None:
+        for name in self.parameters:
+            if name not in build.live:
+                leave_flat_buffer(self._held(name))
         plugin = self.accelerator.state.deepspeed_plugin
         # Accelerate fills "auto" once and keeps the values; each stage writes the whole config anew.
         from accelerate.utils.deepspeed import HfDeepSpeedConfig
@@ -74,12 +81,13 @@ class DeepSpeedEngine(Engine):
 
     def _release(self) -> None:
         engine, self._engine = self._engine, None
-        for value in list(vars(engine).values()):
-            if type(value).__name__ == "RemovableHandle":
-                value.remove()
-        engine.destroy()
-        # `__del__` destroys again, when the next engine already stands on the same parameters.
-        engine.destroy = lambda: None
+        if engine is not None:  # None: it failed while it was built
+            for value in list(vars(engine).values()):
+                if type(value).__name__ == "RemovableHandle":
+                    value.remove()
+            engine.destroy()
+            # `__del__` destroys again, when the next engine already stands on the same parameters.
+            engine.destroy = lambda: None
         for parameter in self.parameters.values():
             parameter.grad = None
             for attribute in _PARAMETER_LEFTOVERS:
@@ -121,6 +129,8 @@ class DeepSpeedEngine(Engine):
     def _gradients(self) -> list[torch.Tensor]:
         """This rank's reduced gradients at the boundary; each element lies on one rank, padding is 0."""
         if self.offloads:
+            # On a GPU they are still on their way to the CPU (0.19.8; older releases copy at once).
+            getattr(self._zero(), "_wait_for_offload_copies", lambda: None)()
             return [flat.grad for flat in self._flats()]
         return [tensor for group in self._zero().averaged_gradients.values() if group is not None for tensor in group]
 
@@ -214,10 +224,14 @@ class DeepSpeedEngine(Engine):
         masters = sum(shard.tensor.numel() * shard.tensor.element_size() for shard in self.shards())
         return masters + super()._local_state_bytes()
 
-    def _local_tensor(self, name: str) -> torch.Tensor:
+    def _held(self, name: str) -> torch.Tensor:
+        """What this rank keeps of a parameter: its partition, or the whole."""
         parameter: Any = self.parameters[name]
-        held = parameter.ds_tensor if self.zero_stage == 3 else parameter
-        return held.detach()
+        held: torch.Tensor = getattr(parameter, "ds_tensor", parameter)
+        return held
+
+    def _local_tensor(self, name: str) -> torch.Tensor:
+        return self._held(name).detach()
 
     def digests(self, names: Sequence[str]) -> dict[str, str]:
         """A hash of this rank's bits; under ZeRO-3 it also tells when a copy that stays gathered differs from its partition."""
@@ -246,6 +260,12 @@ class DeepSpeedEngine(Engine):
             with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
                 yield name, parameter.detach().cpu().clone() if self.is_main else None
 
+    def _scale_can_fall(self) -> bool:
+        if not self.scales_loss:
+            return False
+        scaler = self._zero().loss_scaler
+        return bool(scaler.dynamic) and scaler.cur_scale > scaler.min_scale
+
     def _scaler_state(self) -> dict[str, Any] | None:
         if not self.scales_loss:
             return None
@@ -254,6 +274,13 @@ class DeepSpeedEngine(Engine):
 
     def _load_scaler_state(self, state: dict[str, Any]) -> None:
         vars(self._zero().loss_scaler).update(state)
+
+
+def leave_flat_buffer(held: torch.Tensor) -> None:
+    """Gives a tensor that freezes memory of its own: as a view it would keep the old engine's whole flat buffer alive."""
+    if held.untyped_storage().nbytes() > held.numel() * held.element_size():
+        own = held.detach().clone()
+        held.data = own.pin_memory() if held.is_pinned() else own
 
 
 def forget_globals(module: torch.nn.Module) -> None:

@@ -58,11 +58,14 @@ def load_partitioned(request: ModelRequest, family: Family, deepspeed: Mapping[s
     sources = _sources(module, checkpoint_files(request.name, request.revision))
     missing = _missing(module, family, sources, request)
     partition_own = partitioner(deepspeed, dtype)
+    # A tied tensor is filled where it stands first.
+    first = {name for name, _ in module.named_parameters()}
     for name, child in module.named_modules():
-        own = [key for key, parameter in child._parameters.items() if parameter is not None and parameter.is_meta]
+        keys = [f"{name}.{key}" if name else key for key in child._parameters]
+        own = [key for key in keys if key in first]
         if not own:
             continue
-        _fill(module, child, [f"{name}.{key}" if name else key for key in own], sources, missing)
+        _fill(module, child, own, sources, missing)
         partition_own(child)
         give_back_memory()
     # Tied names still point at the empty tensor that was there before.

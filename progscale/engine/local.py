@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -73,14 +74,16 @@ class LocalEngine(Engine):
             torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.max_grad_norm, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        before = self._scaler.get_scale() if self._scaler else 0.0
         if self._scaler:
             self._scaler.step(self.optimizer)
             self._scaler.update()
         else:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return not self._scaler or self._scaler.get_scale() >= before
+        return math.isfinite(grad_norm)
+
+    def _scale_can_fall(self) -> bool:
+        return self._scaler is not None and self._scaler.get_scale() > 1.0
 
     def shards(self) -> list[Shard]:
         """One shard for each parameter; the optimizer steps the parameters themselves."""

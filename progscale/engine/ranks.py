@@ -32,22 +32,28 @@ def gather_objects(thing: Any) -> list[Any]:
 
 
 def on_main(action: Callable[[], T]) -> T | None:
-    """Does something on rank 0 alone; when it fails there, every rank raises the same error. A collective.
+    """Does something on rank 0 alone; when it fails there, every rank raises. A collective.
+
+    An error meant for the user is the same on all ranks; of any other, rank 0 has the traceback.
 
     Returns:
         What `action` gave, on rank 0; None elsewhere.
     """
     result: T | None = None
-    failure: ProgscaleError | None = None
+    failure: Exception | None = None
     if is_main():
         try:
             result = action()
-        except ProgscaleError as error:
+        except Exception as error:
             failure = error
+    shared = failure
+    if failure is not None and not isinstance(failure, ProgscaleError):
+        # Any exception can be raised here, and not every one can be sent.
+        shared = ProgscaleError(f"rank 0 failed: {type(failure).__name__}: {failure}")
     # Without this the other ranks would wait in their next collective until the launcher kills them.
-    failure = gather_objects(failure)[0]
-    if failure is not None:
-        raise failure
+    shared = gather_objects(shared)[0]
+    if shared is not None:
+        raise failure or shared
     return result
 
 

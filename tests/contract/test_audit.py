@@ -20,6 +20,13 @@ def audit(two_ranks: TwoRanks, engine: str, **case: Any) -> list[dict[str, Any]]
     return two_ranks.run("tests.harness.audit:audited_stage", engine=engine, **case)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_one_bit_flipped_by_a_switch(two_ranks: TwoRanks, engine: str) -> None:
+    for answer in audit(two_ranks, engine, flip_on=0, in_switch=True):
+        assert answer["changed"] == [answer["victim"]]
+        assert f"the first of them {answer['victim']}" in answer["error"]
+
+
 @pytest.mark.parametrize(("engine", "rank"), CASES)
 def test_one_flipped_bit(two_ranks: TwoRanks, engine: str, rank: int | None) -> None:
     for answer in audit(two_ranks, engine, flip_on=rank):

@@ -12,7 +12,7 @@ import torch
 
 from progscale.methods import METHODS
 from progscale.schedule import SCHEDULES
-from tests.harness.cases import ENGINES, Outcome, global_batch, run
+from tests.harness.cases import ENGINES, VARIANTS, Outcome, global_batch, run
 from tests.harness.pairs import all_pairs, full_product
 from tests.harness.worker import TwoRanks
 from tests.tiny import FAMILY_NAMES, tiny_model
@@ -51,6 +51,20 @@ def train(two_ranks: TwoRanks | None, engine: str, **case: Any) -> Outcome:
     assert outcomes[0].losses == outcomes[1].losses, "the ranks disagree about the loss"
     assert outcomes[0].stage_of_step == outcomes[1].stage_of_step
     return outcomes[0]
+
+
+@pytest.mark.parametrize("engine", list(VARIANTS))
+def test_options_of_deepspeed(two_ranks: TwoRanks, engine: str) -> None:
+    case = {"family": "bert", "schedule": "progtuning", "embeddings": "first_stage", "method": "full"}
+    check(two_ranks, {"engine": engine, **case})
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("engine", [name for name in ENGINES if name != "plain"])
+def test_batches_that_do_not_divide(two_ranks: TwoRanks, engine: str, rows: int) -> None:
+    """A rank with fewer rows than the other, or with none, takes part with fillers of weight 0."""
+    case = {"family": "bert", "schedule": "progtuning", "embeddings": "always", "method": "full", "rows": rows}
+    one_and_two_processes_agree(train(two_ranks, engine, **case), train(None, "plain", **case))
 
 
 @pytest.mark.parametrize("case", PAIRS, ids=identify)
@@ -98,7 +112,7 @@ def learning_rate_is_its_closed_form(outcome: Outcome) -> None:
         assert math.isclose(rate, wanted, rel_tol=1e-9, abs_tol=1e-15), f"step {step}"
 
 
-def by_hand(first_blocks: list[int]) -> tuple[list[float], dict[str, torch.Tensor]]:
+def by_hand(first_blocks: list[int], skipped_step: int | None = None) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses and weights of the run as one writes it without progscale: one torch AdamW, frozen tensors left without gradient."""
     module = tiny_model("bert", blocks=BLOCKS)
     module.train()
@@ -121,7 +135,8 @@ def by_hand(first_blocks: list[int]) -> tuple[list[float], dict[str, torch.Tenso
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = 0.0 if step == 0 else 1e-3 * (0.1 + 0.9 * (1 - (step - 1) / (STEPS - 1)))
-        optimizer.step()
+        if step != skipped_step:
+            optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses, {name: value.detach() for name, value in named.items()}
@@ -159,17 +174,22 @@ def test_requires_grad_alone_freezes_nothing(two_ranks: TwoRanks, engine: str) -
 
 @pytest.mark.parametrize("engine", list(ENGINES))
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_step_that_is_not_finite_never_was(two_ranks: TwoRanks, engine: str, rank: int) -> None:
-    """An infinite loss on one rank leaves no trace: the weights end as if the step's update had been left out."""
+@pytest.mark.parametrize("what", ["poison", "poison_gradient"])
+def test_a_step_that_is_not_finite_never_was(two_ranks: TwoRanks, engine: str, rank: int, what: str) -> None:
+    """An infinite loss or gradient on one rank leaves no trace: the run ends as if the step's update had been left out."""
     if engine == "plain" and rank == 1:
         pytest.skip("one process has no rank 1")
     case = {"family": "bert", "schedule": "progtuning", "embeddings": "always", "method": "full"}
-    poisoned = train(two_ranks, engine, poison=[(3, rank)], **case)
-    expected = train(None, "plain", poison=[(3, 0)], **case)
-    assert not math.isfinite(poisoned.losses[3])
-    for name, value in expected.parameters.items():
+    poisoned = train(two_ranks, engine, **{what: [(3, rank)]}, **case)
+    losses, parameters = by_hand([0, 1, 2], skipped_step=3)
+    fault = "loss" if what == "poison" else "gradient"
+    assert [found for found, _ in poisoned.faults] == [None, None, None, fault, None, None]
+    # A gradient has been summed over the ranks before anybody can look at it.
+    assert poisoned.faults[3][1] == ((rank,) if fault == "loss" or engine == "plain" else (0, 1))
+    assert math.isfinite(poisoned.losses[3]) == (fault == "gradient")
+    assert poisoned.losses[4:] == pytest.approx(losses[4:], abs=LOSS_TOLERANCE)
+    for name, value in parameters.items():
         assert (poisoned.parameters[name] - value).abs().max().item() < PARAMETER_TOLERANCE, name
-    assert all(value.isfinite().all() for value in poisoned.parameters.values())
 
 
 @pytest.mark.parametrize("engine", [name for name in ENGINES if name != "plain"])

@@ -54,7 +54,7 @@ def goes_on(two_ranks: TwoRanks, first: str, second: str, schedule: str) -> None
     assert moved.largest_moment_of_thawed == 0.0
 
 
-@pytest.mark.parametrize("engine", ["zero2", "zero2-offload", "zero3"])
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero2-offload", "zero3", "zero3-offload"])
 def test_twenty_stages_leave_one_engine_and_then_none(two_ranks: TwoRanks, engine: str) -> None:
     before: dict[str, int] = two_ranks.run("tests.harness.moves:alive_objects")[0]
     assert set(before.values()) == {0}, "an earlier case left something"
@@ -69,3 +69,5 @@ def one_then_none(left: Leftovers, of_stage3: int) -> None:
     assert left.hooks_after == left.hooks_before
     assert left.attributes_after == left.attributes_before
     assert all(loss == loss for loss in left.losses)
+    # Flat buffers are padded, each stage's by a little else.
+    assert max(left.held_bytes) < 1.02 * min(left.held_bytes), "frozen tensors keep buffers of earlier stages alive"

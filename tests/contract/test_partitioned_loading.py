@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from progscale.models import ModelRequest, load_model
+from tests.harness.cases import run
 from tests.harness.worker import RankError, TwoRanks
 from tests.tiny import FAMILY_NAMES, tiny_model
 
@@ -52,3 +53,14 @@ def test_a_checkpoint_of_another_size_is_refused(two_ranks: TwoRanks, tmp_path: 
     tiny_model("bert", blocks=2).save_pretrained(tmp_path)
     with pytest.raises(RankError, match=r"encoder\.layer\.2.*is missing in its weights"):
         two_ranks.run(LOAD, path=str(tmp_path), seed=1, overrides={"num_hidden_layers": 3})
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_trains_through_a_switch(two_ranks: TwoRanks, tmp_path: Path, checkpointing: bool) -> None:
+    """What was never whole on a rank trains like a model that was."""
+    tiny_model("bert").save_pretrained(tmp_path)
+    losses, weights = two_ranks.run("tests.harness.loading:train", path=str(tmp_path), checkpointing=checkpointing)[0]
+    expected = run(engine="plain", schedule="progtuning", embeddings="first_stage", stages=2, steps=4, blocks=4, micro=4)
+    assert losses == pytest.approx(expected.losses, abs=2e-6)
+    for name, value in expected.parameters.items():
+        assert (weights[name] - value).abs().max().item() < 5e-5, name

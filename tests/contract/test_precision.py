@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 import torch
 
-from tests.harness.cases import Outcome, loss_scales, run
+from tests.harness.cases import Outcome, loss_scales, overflow_at_the_lowest_scale, run
 from tests.harness.moves import Regime, regime
 from tests.harness.worker import TwoRanks
 
@@ -15,6 +15,7 @@ DEEPSPEED = ["zero1", "zero2", "zero3"]
 FP16 = ["plain", "ddp", *DEEPSPEED, "zero2-offload", "zero3-offload"]
 CASES = [(engine, "fp16") for engine in FP16]
 CASES += [(engine, "bf16") for engine in ("plain", "ddp", *DEEPSPEED)] + [(engine, "bf16_params") for engine in DEEPSPEED]
+CASES += [(f"{engine}+fp32_gradients", "bf16_params") for engine in ("zero2", "zero3")]
 RUN = {"schedule": "progtuning", "embeddings": "first_stage", "stages": 3, "steps": 6, "blocks": 4}
 
 
@@ -48,6 +49,15 @@ def test_the_loss_scale_falls_at_an_overflow_and_goes_on_over_a_switch(two_ranks
     assert [scale for _, scale in found] == lowered
 
 
+@pytest.mark.parametrize("engine", FP16)
+def test_an_overflow_at_the_lowest_loss_scale_is_a_fault(two_ranks: TwoRanks, engine: str) -> None:
+    if engine == "plain":
+        found = overflow_at_the_lowest_scale(engine)
+    else:
+        found = two_ranks.run("tests.harness.cases:overflow_at_the_lowest_scale", engine=engine)[0]
+    assert found == ("gradient", False)
+
+
 def of(two_ranks: TwoRanks, engine: str, precision: str, schedule: str, force: bool = False) -> Regime:
     case = {"engine": engine, "precision": precision, "schedule": schedule, "force": force}
     return regime(**case) if engine == "plain" else two_ranks.run("tests.harness.moves:regime", **case)[0]  # type: ignore[arg-type]
@@ -69,7 +79,8 @@ def test_a_forced_switch_carries_the_masters(two_ranks: TwoRanks, engine: str) -
 
 
 @pytest.mark.parametrize(
-    ("engine", "precision"), [("plain", "fp32"), ("ddp", "fp32"), *((e, "fp32") for e in DEEPSPEED), *CASES[-3:]]
+    ("engine", "precision"),
+    [("plain", "fp32"), ("ddp", "fp32"), *((e, p) for p in ("fp32", "bf16_params") for e in DEEPSPEED)],
 )
 def test_freezing_frees_optimizer_state(two_ranks: TwoRanks, engine: str, precision: str) -> None:
     found = of(two_ranks, engine, precision, "progtuning")

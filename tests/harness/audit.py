@@ -15,25 +15,36 @@ from tests.tiny import tiny_model
 ROWS, MICRO, STEPS_PER_EPOCH = 8, 4, 2
 
 
-def audited_stage(engine: str, flip_on: int | None) -> dict[str, Any]:
-    """Trains the second of two stages, and flips the lowest bit of one element of a frozen tensor on rank `flip_on`."""
+def audited_stage(engine: str, flip_on: int | None, in_switch: bool = False) -> dict[str, Any]:
+    """Trains the second of two stages, and flips the lowest bit of one element of a frozen tensor on rank `flip_on`.
+
+    Args:
+        in_switch: the bit flips while the second stage is being built, else after its last step.
+    """
     module = tiny_model("bert", blocks=2).train()
     made = make_engine(module, engine)
     parts, builds = builds_of(module, "progtuning", "first_stage", 2, 4, "full", {})
     train(made, builds[0], module.config.vocab_size)
-    made.begin_stage(builds[1])
     frozen = [name for name in parts.parameters if name not in builds[1].live]
     victim = frozen[len(frozen) // 2]
-    meter = StageMeter(
-        made, builds[1], {name: info.numel for name, info in parts.parameters.items()}, MemoryMeter(torch.device("cpu"))
-    )
-    audit = Audit(made, frozen)
-    meter.start()
-    train(made, builds[1], module.config.vocab_size, meter)
-    if flip_on == made.rank:
+
+    def flip() -> None:
         # What this rank keeps under ZeRO-3 is its partition; the whole tensor comes and goes.
         parameter = made.parameters[victim]
-        flip_bit(parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter.data)
+        if flip_on == made.rank:
+            flip_bit(parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter.data)
+
+    audit = Audit(made, frozen)
+    build = made._build
+    if in_switch:
+        made._build = lambda stage: (build(stage), flip())[0]  # type: ignore[method-assign]
+    made.begin_stage(builds[1])
+    sizes = {name: info.numel for name, info in parts.parameters.items()}
+    meter = StageMeter(made, builds[1], sizes, MemoryMeter(torch.device("cpu")), audit)
+    meter.start()
+    train(made, builds[1], module.config.vocab_size, meter)
+    if not in_switch:
+        flip()
     changed, record, error = audit.changed(), None, None
     try:
         record = meter.finish(steps_per_epoch=STEPS_PER_EPOCH, first_block=1, switch_seconds=0.0, carried="shards").to_json()

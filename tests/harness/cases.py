@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import importlib
 import json
@@ -38,6 +39,34 @@ def shipped_engine(name: str) -> dict[str, Any]:
 
 ZERO_ENGINES = ("zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
 ENGINES: dict[str, dict[str, Any] | None] = {"plain": None, "ddp": None} | {name: shipped_engine(name) for name in ZERO_ENGINES}
+# What users change most in a DeepSpeed JSON: engine, a plus, and what is different.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "zero1-offload": {"offload_optimizer": {"device": "cpu"}},
+    "zero1+round_robin": {"round_robin_gradients": True},
+    "zero1+aligned": {"parameter_alignment": True},
+    "zero2+overlap": {"overlap_comm": True},
+    "zero2+scattered": {"contiguous_gradients": False},
+    "zero2+all_reduce": {"reduce_scatter": False},
+    "zero2+small_buckets": {"reduce_bucket_size": 1000, "allgather_bucket_size": 1000},
+    "zero2-offload+round_robin": {"round_robin_gradients": True},
+    "zero3+overlap": {"overlap_comm": True},
+    "zero3+sub_groups": {"sub_group_size": 5000, "stage3_param_persistence_threshold": 0},
+    "zero3+all_persistent": {"stage3_param_persistence_threshold": 10**9},
+    "zero3-offload+optimizer_only": {"offload_param": {"device": "none"}},
+}
+
+
+def deepspeed_of(engine: str) -> dict[str, Any] | None:
+    """The DeepSpeed JSON of a key of ENGINES or VARIANTS."""
+    if engine in ENGINES:
+        return ENGINES[engine]
+    known = engine.partition("+")[0]
+    content = copy.deepcopy(ENGINES[known if known in ENGINES else known.removesuffix("-offload")])
+    assert content is not None
+    content["zero_optimization"] |= VARIANTS.get(engine, {})
+    if engine.endswith("+fp32_gradients"):
+        content["data_types"] = {"grad_accum_dtype": "fp32"}
+    return content
 
 
 @dataclass
@@ -66,11 +95,19 @@ class Outcome:
     state_names: list[list[str]] = field(default_factory=list)
     live_names: list[list[str]] = field(default_factory=list)
     carried: list[str] = field(default_factory=list)
+    faults: list[tuple[str | None, tuple[int, ...]]] = field(default_factory=list)
 
 
 def row_loss(outputs: Any, labels: dict[str, torch.Tensor]) -> torch.Tensor:
     """Cross-entropy of each row."""
     return torch.nn.functional.cross_entropy(outputs.logits.float(), labels["labels"], reduction="none")
+
+
+def steep_loss(outputs: Any, labels: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The same value, with an infinite gradient."""
+    loss = row_loss(outputs, labels)
+    loss.register_hook(lambda gradient: gradient * float("inf"))
+    return loss
 
 
 def global_batch(step: int, rows: int, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,14 +145,15 @@ def make_engine(module: torch.nn.Module, engine: str, **settings: Any) -> Engine
     """An engine of the named kind over `module`."""
     set_up_cpu(1)
     reset_accelerate()
-    if settings.get("precision") == "fp16" and ENGINES[engine] is not None and not torch.cuda.is_available():
+    if settings.get("precision") == "fp16" and deepspeed_of(engine) is not None and not torch.cuda.is_available():
         from deepspeed.accelerator import get_accelerator
 
         # DeepSpeed asks for a processor that computes fp16 itself; torch does it on any, slowly.
         vars(get_accelerator())["is_fp16_supported"] = lambda: True
-    accelerator = make_accelerator(deepspeed=ENGINES[engine])
-    made = create_engine(module, EngineSettings(optimizer=AdamW(), micro_batch_size=2, **settings), accelerator, ENGINES[engine])
-    assert made.name == engine, (made.name, engine)
+    deepspeed = deepspeed_of(engine)
+    accelerator = make_accelerator(deepspeed=deepspeed)
+    made = create_engine(module, EngineSettings(optimizer=AdamW(), micro_batch_size=2, **settings), accelerator, deepspeed)
+    assert made.name == engine.partition("+")[0], (made.name, engine)
     return made
 
 
@@ -173,14 +211,15 @@ def run(
     curve: str = "linear",
     options: dict[str, Any] | None = None,
     poison: Sequence[tuple[int, int]] = (),
-    engines_by_stage: Sequence[str] = (),
+    poison_gradient: Sequence[tuple[int, int]] = (),
 ) -> Outcome:
     """Trains a tiny model and records what the contract tests ask about.
 
     Args:
-        engine: a key of ENGINES; "plain" ignores the other ranks.
+        engine: a key of ENGINES or VARIANTS; "plain" ignores the other ranks.
         toggle: replace every switch by `requires_grad_(False)`, which is wrong under ZeRO.
         poison: (step, rank) whose loss becomes infinite.
+        poison_gradient: (step, rank) whose loss stays finite, and whose gradient becomes infinite.
     """
     module = tiny_model(family, blocks=blocks)
     if checkpointing:
@@ -206,8 +245,10 @@ def run(
             batches = share(step, rows, config.vocab_size, made.rank, made.world_size, micro)
             infinite = any((step, made.rank) == bad for bad in poison)
             loss = (lambda o, y: row_loss(o, y) * float("inf")) if infinite else row_loss
+            loss = steep_loss if (step, made.rank) in poison_gradient else loss
             result = made.train_step(batches, rows, loss, rate)
             outcome.losses.append(result.loss)
+            outcome.faults.append((result.fault, result.ranks))
             outcome.grad_norms.append(result.grad_norm)
             outcome.learning_rates.append(rate_in_use(made))
             outcome.stage_of_step.append(build.stage.index)
@@ -252,6 +293,23 @@ def loss_scales(engine: str) -> list[tuple[bool, float]]:
     found.append((True, scale()))
     made.close()
     return found
+
+
+def overflow_at_the_lowest_scale(engine: str) -> tuple[str | None, bool]:
+    """(fault, applied) of an fp16 step whose gradient overflows when the loss scale can fall no more."""
+    module = tiny_model("bert", blocks=2)
+    module.train()
+    made = make_engine(module, engine, precision="fp16")
+    _, builds = builds_of(module, "none", "always", 1, 1, "full", {})
+    made.begin_stage(builds[0])
+    if isinstance(made, DeepSpeedEngine):
+        made._zero().loss_scaler.cur_scale = made._zero().loss_scaler.min_scale
+    else:
+        made._scaler = torch.amp.GradScaler("cpu", init_scale=1.0)  # type: ignore[attr-defined]
+    batches = share(0, 8, module.config.vocab_size, made.rank, made.world_size, 2)
+    result = made.train_step(batches, 8, steep_loss, 1e-3)
+    made.close()
+    return result.fault, result.applied
 
 
 def freeze_imports() -> None:

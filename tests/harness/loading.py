@@ -8,8 +8,10 @@ import torch
 
 from progscale.engine.launch import make_accelerator, set_up_cpu
 from progscale.engine.loading import load_module
+from progscale.learning_rate import LearningRate
 from progscale.models import ModelRequest, find_family
-from tests.harness.cases import ENGINES, reset_accelerate
+from tests.harness.cases import ENGINES, builds_of, make_engine, reset_accelerate
+from tests.harness.moves import everywhere, take_steps
 
 
 def load(path: str, seed: int, dtype: str = "float32", **request: Any) -> dict[str, Any]:
@@ -29,3 +31,24 @@ def load(path: str, seed: int, dtype: str = "float32", **request: Any) -> dict[s
             whole[name] = parameter.detach().clone()
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     return {"parameters": whole, "buffers": buffers, "held": held, "training": module.training}
+
+
+def train(path: str, checkpointing: bool = False) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses and weights of two stages of a checkpoint that was loaded in partitions."""
+    set_up_cpu(1)
+    reset_accelerate()
+    make_accelerator(deepspeed=ENGINES["zero3"])
+    wanted = ModelRequest(path, head="sequence_classification")
+    module: Any = load_module(wanted, find_family(wanted), ENGINES["zero3"])
+    if checkpointing:
+        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    module.train()
+    made = make_engine(module, "zero3")
+    _, builds = builds_of(module, "progtuning", "first_stage", 2, 4, "full", {})
+    curve, losses = LearningRate(1e-3, "linear", 4, warmup_steps=1, final_fraction=0.1), []
+    for build in builds:
+        made.begin_stage(build)
+        losses += take_steps(made, build, 8, 4, module.config.vocab_size, curve)
+    weights = everywhere(made)
+    made.close()
+    return losses, weights

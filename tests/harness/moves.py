@@ -98,6 +98,7 @@ class Leftovers:
     attributes_before: list[str]
     attributes_after: list[str]
     losses: list[float]
+    held_bytes: list[int]
 
 
 def alive_objects() -> dict[str, int]:
@@ -145,21 +146,28 @@ def attributes_of(module: torch.nn.Module) -> list[str]:
     return sorted(names)
 
 
+def held_bytes(module: torch.nn.Module) -> int:
+    """Bytes that this rank's weights keep alive: a view counts as the whole buffer that it looks into."""
+    tensors = [getattr(parameter, "ds_tensor", parameter) for parameter in module.parameters()]
+    return sum({held.untyped_storage().data_ptr(): held.untyped_storage().nbytes() for held in tensors}.values())
+
+
 def many_stages(engine: str, count: int = 20) -> Leftovers:
     """Begins `count` stages that shrink and grow again, one step in each."""
     module = tiny_model("bert", blocks=4).train()
     hooks, attributes = hooks_of(module), attributes_of(module)
     made = make_engine(module, engine)
     _, builds = builds_of(module, "progtuning", "first_stage", 4, 4, "full", {})
-    losses = []
+    losses, held = [], []
     for index in range(count):
         build = builds[index % len(builds)]
         made.begin_stage(build, force=True)
         batches = share(index, 8, module.config.vocab_size, made.rank, made.world_size, 2)
         losses.append(made.train_step(batches, 8, row_loss, 1e-3).loss)
+        held.append(held_bytes(module))
     alive = alive_objects()
     made.close()
-    return Leftovers(alive, alive_objects(), hooks, hooks_of(module), attributes, attributes_of(module), losses)
+    return Leftovers(alive, alive_objects(), hooks, hooks_of(module), attributes, attributes_of(module), losses, held)
 
 
 @dataclass

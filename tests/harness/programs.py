@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -100,6 +101,21 @@ def folder_on_all_ranks(path: str) -> str:
     except ConfigError as error:
         return str(error)
     return "a folder" if folder is not None else "nothing"
+
+
+def failing_main() -> str:
+    """What a rank meets when the main process meets a full disk; runs in each rank."""
+    from progscale.engine.ranks import on_main
+
+    def write() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    start_process_group()
+    try:
+        on_main(write)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def summary_of(folder: Path) -> dict[str, Any]:

@@ -91,6 +91,13 @@ def test_a_fault_of_the_main_process_reaches_all_ranks(two_ranks: TwoRanks, tmp_
     assert "holds a run of another config" in first
 
 
+def test_any_failure_of_the_main_process_reaches_all_ranks(two_ranks: TwoRanks) -> None:
+    """A full disk, say: the main process shows what happened, and nobody is left waiting."""
+    first, second = two_ranks.run("tests.harness.programs:failing_main")
+    assert first == "OSError: [Errno 28] No space left on device"
+    assert second == "ProgscaleError: rank 0 failed: OSError: [Errno 28] No space left on device"
+
+
 def test_ranks_with_different_configs(two_ranks: TwoRanks) -> None:
     function = "tests.harness.programs:same_config_on_all_ranks"
     assert two_ranks.run(function, seeds=[1, 1]) == ["", ""]

@@ -214,3 +214,15 @@ def test_a_plugin_that_fails_shows_its_own_error(command: Command) -> None:
     Path("my_broken_plugin.py").write_text("import no_such_dependency\n")
     with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
         command("train", "--plugin", "my_broken_plugin")
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_crash_among_several_ranks_waits_for_nobody(tmp_path: Path, world_size: int) -> None:
+    """Teardown would wait for ranks that hang in a collective; the traceback is shown all the same."""
+    (tmp_path / "crash.py").write_text("import atexit\natexit.register(print, 'teardown')\nraise RuntimeError('gone')\n")
+    environment = {**os.environ, "WORLD_SIZE": str(world_size), "RANK": str(world_size - 1), "LOCAL_RANK": str(world_size - 1)}
+    command = [sys.executable, "-m", "progscale", "plan", "--plugin", "crash", "--model", "bert-base-uncased"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "RuntimeError: gone" in done.stderr
+    assert ("teardown" in done.stdout) == (world_size == 1)

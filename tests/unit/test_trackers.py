@@ -60,6 +60,18 @@ def test_the_same_run_again_moves_the_old_one_aside(tmp_path: Path) -> None:
     assert runs == {"a.1": 0, "a.2": 1, "a": 2}
 
 
+def test_numbers_that_no_json_has(tmp_path: Path) -> None:
+    folder = claim(tmp_path / "a")
+    folder.record("step", loss=float("nan"), grad_norm=float("inf"), rates=[1.0, float("-inf")])
+    folder.write("summary.json", {"metrics": {"pearson": float("nan"), "n": 3}})
+    folder.close()
+    line = (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()[-1]
+    found = json.loads(line, parse_constant=pytest.fail)
+    assert (found["loss"], found["grad_norm"], found["rates"]) == (None, None, [1.0, None])
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert summary == {"metrics": {"pearson": None, "n": 3}}
+
+
 def test_another_run_is_refused(tmp_path: Path) -> None:
     claim(tmp_path / "a").close()
     message = refused(tmp_path / "a", "two")
