@@ -91,10 +91,11 @@ def run_side(options: argparse.Namespace) -> None:
     engine = create_engine(module, EngineSettings(micro_batch_size=options.rows), accelerator, deepspeed)
     losses, changed, switches, carried = [], 0, [], []
     for build in builds:
+        audit = Audit(engine, [name for name in parts.parameters if name not in build.live])
         switch = engine.begin_stage(build)
+        audit.start()
         switches.append(switch.seconds)
         carried.append(switch.carried)
-        audit = Audit(engine, [name for name in parts.parameters if name not in build.live])
         for step in range(build.stage.start_step, build.stage.end_step):
             halves = 2 if options.side == SPLIT else 1
             shares = [(engine.rank + half, engine.world_size * halves) for half in range(halves)]

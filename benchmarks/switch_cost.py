@@ -102,8 +102,9 @@ def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
     # The first build switches from nothing, and is not counted.
     for index, build in enumerate(itertools.islice(itertools.cycle(builds), options.switches + 1)):
         engine.barrier()
-        done = engine.begin_stage(build)
         watch = Audit(engine, [name for name in parts.parameters if name not in build.live])
+        done = engine.begin_stage(build)
+        watch.start()
         engine.train_step(
             [batch(index, engine.rank, options.rows, options.length)], options.rows * engine.world_size, row_loss, 1e-5
         )
