@@ -41,7 +41,7 @@ from progscale.engine.base import Engine, EngineSettings
 from progscale.engine.launch import create_engine, make_accelerator, set_up_cpu
 from progscale.engine.loading import load_module
 from progscale.loop import seed_step
-from progscale.meters import MemoryMeter, StageMeter
+from progscale.meters import Audit, MemoryMeter, StageMeter
 from progscale.methods import METHODS
 from progscale.models.loading import family_of, find_family
 from progscale.optim import AdamW, StageBuild, build_for
@@ -73,8 +73,9 @@ class Progscale:
 
     def __init__(self, engine: Engine, build: StageBuild, sizes: dict[str, int], total: int) -> None:
         self.engine = engine
+        audit = Audit(engine, [name for name in sizes if name not in build.live])
         engine.begin_stage(build)
-        self.meter = StageMeter(engine, build, sizes, MemoryMeter(engine.device))
+        self.meter = StageMeter(engine, build, sizes, MemoryMeter(engine.device), audit)
         self.console = RunConsole(True)
         self.console.begin(total)
         self.meter.start()

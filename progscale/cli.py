@@ -178,6 +178,7 @@ def run_train(options: argparse.Namespace) -> int:
         try:
             train(session)
         except BaseException as error:
+            session.console.end()  # a live progress bar holds stderr
             # Every rank meets an error of ours; any other may have met this rank alone, and the others wait in a collective.
             if isinstance(error, ProgscaleError) or session.engine.world_size == 1:
                 session.close()

@@ -124,7 +124,8 @@ class RunConsole:
     def begin(self, total_steps: int) -> None:
         """Starts the progress of the run."""
         self._total_steps = total_steps
-        if self._console.is_terminal:
+        # Even a quiet one would take over stderr.
+        if self._console.is_terminal and not self._console.quiet:
             self._progress = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),

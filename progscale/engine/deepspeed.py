@@ -129,10 +129,17 @@ class DeepSpeedEngine(Engine):
     def _gradients(self) -> list[torch.Tensor]:
         """This rank's reduced gradients at the boundary; each element lies on one rank, padding is 0."""
         if self.offloads:
-            # On a GPU they are still on their way to the CPU (0.19.8; older releases copy at once).
-            getattr(self._zero(), "_wait_for_offload_copies", lambda: None)()
+            self._wait_for_copies()
             return [flat.grad for flat in self._flats()]
         return [tensor for group in self._zero().averaged_gradients.values() if group is not None for tensor in group]
+
+    def _wait_for_copies(self) -> None:
+        """On a GPU offloaded gradients are still on their way to pinned memory."""
+        wait = getattr(self._zero(), "_wait_for_offload_copies", None)
+        if wait is not None:
+            wait()
+        elif self.device.type == "cuda":  # before 0.19.8, and ZeRO-3
+            torch.cuda.synchronize(self.device)
 
     def _gradient_norm_squared(self) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float32, device=self.device)
@@ -168,8 +175,12 @@ class DeepSpeedEngine(Engine):
         for group in self._zero().param_groups:
             group["lr"] = learning_rate
         self._engine.step()
+        applied = bool(self._engine.was_step_applied())
+        if not applied and self.zero_stage < 3:
+            # With offload and fp32 accumulation DeepSpeed would keep the overflow, and add the next gradients to it.
+            self._discard()
         self._clear_gradients()
-        return bool(self._engine.was_step_applied())
+        return applied
 
     def _clear_gradients(self) -> None:
         """A live parameter that gets no gradient in the next step must not meet this step's (ZeRO-3, and offload)."""

@@ -63,7 +63,7 @@ class LocalEngine(Engine):
     def _discard(self) -> None:
         assert self.optimizer is not None
         if self._scaler:
-            self._scaler.update()
+            self._scaler.update(self._scaler.get_scale())  # forgets what it saw, and leaves the scale alone
         self.optimizer.zero_grad(set_to_none=True)
 
     def _apply(self, learning_rate: float, grad_norm: float) -> bool:

@@ -40,7 +40,7 @@ def test_contracts_in_16_bits(two_ranks: TwoRanks, engine: str, precision: str) 
     assert {value.dtype for value in outcome.parameters.values()} == {halves.get(precision, torch.float32)}
 
 
-@pytest.mark.parametrize("engine", FP16)
+@pytest.mark.parametrize("engine", [*FP16, "zero2-offload+fp32_gradients"])
 def test_the_loss_scale_falls_at_an_overflow_and_goes_on_over_a_switch(two_ranks: TwoRanks, engine: str) -> None:
     found = loss_scales(engine) if engine == "plain" else two_ranks.run("tests.harness.cases:loss_scales", engine=engine)[0]
     assert [applied for applied, _ in found] == [True, False, False, True, True]
@@ -55,7 +55,7 @@ def test_an_overflow_at_the_lowest_loss_scale_is_a_fault(two_ranks: TwoRanks, en
         found = overflow_at_the_lowest_scale(engine)
     else:
         found = two_ranks.run("tests.harness.cases:overflow_at_the_lowest_scale", engine=engine)[0]
-    assert found == ("gradient", False)
+    assert found == ("gradient", False, True)
 
 
 def of(two_ranks: TwoRanks, engine: str, precision: str, schedule: str, force: bool = False) -> Regime:

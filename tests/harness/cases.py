@@ -87,6 +87,7 @@ class Outcome:
     learning_rates: list[float] = field(default_factory=list)
     stage_of_step: list[int] = field(default_factory=list)
     parameters: dict[str, torch.Tensor] = field(default_factory=dict)
+    padding: int = 0
     updated: list[int] = field(default_factory=list)
     planned: list[int] = field(default_factory=list)
     frozen_changed: list[list[str]] = field(default_factory=list)
@@ -205,6 +206,7 @@ def run(
     micro: int = 2,
     blocks: int = 6,
     force: bool = False,
+    width: int = 16,
     precision: str = "fp32",
     checkpointing: bool = False,
     toggle: bool = False,
@@ -219,9 +221,10 @@ def run(
         engine: a key of ENGINES or VARIANTS; "plain" ignores the other ranks.
         toggle: replace every switch by `requires_grad_(False)`, which is wrong under ZeRO.
         poison: (step, rank) whose loss becomes infinite.
+        width: hidden size (of families that call it so).
         poison_gradient: (step, rank) whose loss stays finite, and whose gradient becomes infinite.
     """
-    module = tiny_model(family, blocks=blocks)
+    module = tiny_model(family, blocks=blocks, **({} if width == 16 else {"hidden_size": width}))
     if checkpointing:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     module.train()
@@ -259,6 +262,7 @@ def run(
         outcome.frozen_changed.append(sorted({name for names in changed for name in names}))
         outcome.live_unmoved.append([name for name in live if name in before and torch.equal(before[name], after[name])])
         outcome.frozen_with_gradient.append([name for name in frozen if made.parameters[name].grad is not None])
+        outcome.padding += sum(shard.tensor.numel() - shard.numel for shard in made.shards())
         names = made.gather_objects([piece.name for shard in made.shards() for piece in shard.pieces])
         outcome.state_names.append(sorted({name for part in names for name in part}))
         outcome.live_names.append(live)
@@ -278,9 +282,6 @@ def loss_scales(engine: str) -> list[tuple[bool, float]]:
     _, builds = builds_of(module, "progtuning", "always", 3, 6, "full", {})
     config: PreTrainedConfig = module.config
 
-    def scale() -> float:
-        return float(made._zero().loss_scale if isinstance(made, DeepSpeedEngine) else made._scaler.get_scale())  # type: ignore[attr-defined]
-
     found = []
     made.begin_stage(builds[0])
     for step in range(4):
@@ -288,15 +289,20 @@ def loss_scales(engine: str) -> list[tuple[bool, float]]:
         loss = (lambda o, y: row_loss(o, y) * 1e8) if step in (1, 2) else row_loss
         result = made.train_step(batches, 8, loss, 1e-3)
         assert result.fault is None
-        found.append((result.applied, scale()))
+        found.append((result.applied, scale_of(made)))
     made.begin_stage(builds[1])
-    found.append((True, scale()))
+    found.append((True, scale_of(made)))
     made.close()
     return found
 
 
-def overflow_at_the_lowest_scale(engine: str) -> tuple[str | None, bool]:
-    """(fault, applied) of an fp16 step whose gradient overflows when the loss scale can fall no more."""
+def scale_of(engine: Any) -> float:
+    """The loss scale of an fp16 run."""
+    return float(engine._zero().loss_scale if isinstance(engine, DeepSpeedEngine) else engine._scaler.get_scale())
+
+
+def overflow_at_the_lowest_scale(engine: str) -> tuple[str | None, bool, bool]:
+    """(fault, applied, scale still the lowest) of an fp16 step whose gradient overflows when the loss scale can fall no more."""
     module = tiny_model("bert", blocks=2)
     module.train()
     made = make_engine(module, engine, precision="fp16")
@@ -308,8 +314,9 @@ def overflow_at_the_lowest_scale(engine: str) -> tuple[str | None, bool]:
         made._scaler = torch.amp.GradScaler("cpu", init_scale=1.0)  # type: ignore[attr-defined]
     batches = share(0, 8, module.config.vocab_size, made.rank, made.world_size, 2)
     result = made.train_step(batches, 8, steep_loss, 1e-3)
+    kept = scale_of(made) == 1.0
     made.close()
-    return result.fault, result.applied
+    return result.fault, result.applied, kept
 
 
 def freeze_imports() -> None:

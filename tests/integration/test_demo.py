@@ -11,8 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from progscale.engine.local import LocalEngine
+from progscale.optim import StageBuild
 from progscale.tasks.base import TASKS
 from progscale.tasks.demo import DemoTask, demo_sentences, demo_tokenizer
+from tests.harness.audit import flip_bit
 from tests.harness.programs import REPOSITORY, TWO, Answer, config_file, in_process, launched, records, settings, summary_of
 from tests.tiny import tiny_model
 
@@ -193,3 +196,18 @@ def test_too_many_skipped_in_a_row(poisoned: list[str]) -> None:
     answer = run_poisoned(poisoned, (1, 3, 4, 5), "skip:2")
     assert answer.code == 3
     assert "step 5: the loss is not finite on rank 0 (3 steps in a row)" in answer.err
+
+
+def test_the_audit_watches_the_switch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frozen tensor that changes while its stage is built stops the run."""
+    build_rightly = LocalEngine._build
+
+    def build_carelessly(self: LocalEngine, build: StageBuild) -> None:
+        build_rightly(self, build)
+        if build.stage.index == 2:
+            flip_bit(next(parameter.data for name, parameter in self.parameters.items() if name not in build.live))
+
+    monkeypatch.setattr(LocalEngine, "_build", build_carelessly)
+    answer = in_process("train", *settings(run__output_dir=str(tmp_path)))
+    assert answer.code == 3
+    assert "stage 2: 1 frozen tensors changed their bits" in answer.err

@@ -10,12 +10,14 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from progscale.cli import main
+from progscale.cli import build_parser, main, run_train
 from progscale.config import load_config
 from progscale.schedule import SCHEDULES
+from progscale.session import Session
 from tests.harness.programs import REPOSITORY, Answer, in_process
 
 Command = Callable[..., Answer]
@@ -226,3 +228,25 @@ def test_a_crash_among_several_ranks_waits_for_nobody(tmp_path: Path, world_size
     assert done.returncode == 1
     assert "RuntimeError: gone" in done.stderr
     assert ("teardown" in done.stdout) == (world_size == 1)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_run_that_crashes_lets_go_of_stderr_and_waits_for_nobody(monkeypatch: pytest.MonkeyPatch, world_size: int) -> None:
+    done = []
+
+    class Broken(Session):
+        def __init__(self) -> None:
+            self.engine = SimpleNamespace(world_size=world_size)  # type: ignore[assignment]
+            self.console = SimpleNamespace(end=lambda: done.append("console"))  # type: ignore[assignment]
+
+        def close(self) -> None:
+            done.append("session")
+
+    def crash(session: Session) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("progscale.setup.prepare", lambda *_, **__: Broken())
+    monkeypatch.setattr("progscale.loop.train", crash)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run_train(build_parser().parse_args(["train"]))
+    assert done == (["console", "session"] if world_size == 1 else ["console"])

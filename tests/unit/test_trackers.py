@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from progscale.data import MicroBatch
 from progscale.errors import ConfigError
@@ -128,6 +131,18 @@ def test_the_console_of_another_rank_is_silent(capsys: pytest.CaptureFixture[str
     lines = shown.splitlines()
     assert "step 3/3  stage 1  loss 0.2500  lr 1.00e-04" in lines[-1]
     assert len(lines) <= 3, "plain lines come seldom where there is no terminal, the last one always"
+
+
+def test_only_the_main_process_has_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bar takes over stderr, and a quiet one would swallow a traceback."""
+    for is_main in (False, True):
+        console = RunConsole(is_main)
+        monkeypatch.setattr(console, "_console", Console(file=io.StringIO(), quiet=not is_main, force_terminal=True))
+        before = sys.stderr
+        console.begin(3)
+        assert (sys.stderr is before) == (not is_main)
+        console.end()
+        assert sys.stderr is before
 
 
 def test_an_evaluation_shows_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
