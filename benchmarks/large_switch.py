@@ -91,7 +91,7 @@ def run_side(options: argparse.Namespace) -> None:
     engine = create_engine(module, EngineSettings(micro_batch_size=options.rows), accelerator, deepspeed)
     losses, changed, switches, carried = [], 0, [], []
     for build in builds:
-        audit = Audit(engine, [name for name in parts.parameters if name not in build.live])
+        audit = Audit(engine, build)
         switch = engine.begin_stage(build)
         audit.start()
         switches.append(switch.seconds)

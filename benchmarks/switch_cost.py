@@ -102,7 +102,7 @@ def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
     # The first build switches from nothing, and is not counted.
     for index, build in enumerate(itertools.islice(itertools.cycle(builds), options.switches + 1)):
         engine.barrier()
-        watch = Audit(engine, [name for name in parts.parameters if name not in build.live])
+        watch = Audit(engine, build)
         done = engine.begin_stage(build)
         watch.start()
         engine.train_step(

@@ -73,7 +73,7 @@ class Progscale:
 
     def __init__(self, engine: Engine, build: StageBuild, sizes: dict[str, int], total: int) -> None:
         self.engine = engine
-        audit = Audit(engine, [name for name in sizes if name not in build.live])
+        audit = Audit(engine, build)
         engine.begin_stage(build)
         self.meter = StageMeter(engine, build, sizes, MemoryMeter(engine.device), audit)
         self.console = RunConsole(True)

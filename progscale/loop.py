@@ -28,7 +28,7 @@ def train(session: Session) -> dict[str, Any]:
     progress = Progress()
     s.console.begin(s.total_steps)
     for build in s.builds:
-        audit = Audit(engine, s.frozen(build))
+        audit = Audit(engine, build)
         switch = engine.begin_stage(build)
         meter = StageMeter(engine, build, s.sizes, s.memory, audit)
         meter.start()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -118,9 +118,9 @@ class Audit:
     partitions it, a cast changes it), so there the hashes are taken when the stage starts.
     """
 
-    def __init__(self, engine: Engine, frozen: Sequence[str]) -> None:
+    def __init__(self, engine: Engine, build: StageBuild) -> None:
         self._engine = engine
-        self._frozen = list(frozen)
+        self._frozen = [name for name in engine.parameters if name not in build.live]
         self._before: dict[str, str] | None = None
         self.seconds = 0.0
         if engine.build is not None:

@@ -64,10 +64,6 @@ class Session:
         """Elements of every parameter."""
         return {name: info.numel for name, info in self.partition.parameters.items()}
 
-    def frozen(self, build: StageBuild) -> list[str]:
-        """Names of what a stage leaves alone."""
-        return [name for name in self.partition.parameters if name not in build.live]
-
     @property
     def model_path(self) -> Path:
         """Where the exported model goes; every rank takes part in an export, the main process writes."""

@@ -251,12 +251,6 @@ def _check_zero(rest: Mapping[str, Any], where: Where, fault: Callable[[KeyPath,
         fault(path, f"{show(stage)}{where(path)} must be 1, 2 or 3")
     elif stage == 0:
         fault(path, f"0{where(path)} must be 1, 2 or 3: {no_zero}")
-    for unproven, off in keys.UNPROVEN.items():
-        value: Any = rest
-        for key in unproven:
-            value = value.get(key, off) if isinstance(value, Mapping) else off
-        if value != off:
-            fault(unproven, f"{show(value)}{where(unproven)} is not supported: no stage switch was shown to be exact with it")
     for name, allowed in (
         ("offload_optimizer", keys.OFFLOAD_OPTIMIZER_KEYS),
         ("offload_param", keys.OFFLOAD_PARAM_KEYS),
@@ -318,10 +312,3 @@ def _check_others(rest: Mapping[str, Any], where: Where, fault: Callable[[KeyPat
             value = value.get(key, only) if isinstance(value, Mapping) else only
         if value not in (only, "auto"):
             fault(path, f"{show(value)}{where(path)} is not supported: {why}; remove it")
-    scale = rest.get("fp16")
-    if isinstance(scale, Mapping) and scale.get("fp16_master_weights_and_grads"):
-        path = ("fp16", "fp16_master_weights_and_grads")
-        fault(path, f"not supported{where(path)}: master weights are always fp32")
-    if rest.get("gradient_allreduce_op", "mean") not in ("mean", "auto"):
-        path = ("gradient_allreduce_op",)
-        fault(path, f"{show(rest['gradient_allreduce_op'])}{where(path)} would scale the gradient by the number of ranks")

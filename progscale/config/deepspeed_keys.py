@@ -85,80 +85,6 @@ REFUSED_KEYS = {
 
 TOP_LEVEL_KEYS = frozenset(TRANSLATED_KEYS | LITERAL_KEYS | set(REFUSED_KEYS))
 
-ZERO_KEYS = frozenset(
-    {
-        "allgather_bucket_size",
-        "allgather_partitions",
-        "compute_grad_norm",
-        "contiguous_gradients",
-        "enable_sanity_checks",
-        "ignore_unused_parameters",
-        "leaf_module",
-        "legacy_stage1",
-        "load_from_fp32_weights",
-        "log_trace_cache_warnings",
-        "memory_efficient_linear",
-        "offload_optimizer",
-        "offload_param",
-        "overlap_comm",
-        "override_module_apply",
-        "parameter_alignment",
-        "pipeline_loading_checkpoint",
-        "reduce_bucket_size",
-        "reduce_scatter",
-        "round_robin_gradients",
-        "stage",
-        "stage3_allgather_sequential",
-        "stage3_gather_16bit_weights_on_model_save",
-        "stage3_max_live_parameters",
-        "stage3_max_reuse_distance",
-        "stage3_model_persistence_threshold",
-        "stage3_module_granularity_threshold",
-        "stage3_param_persistence_threshold",
-        "stage3_prefetch_bucket_size",
-        "stage3_use_all_reduce_for_fetch_params",
-        "sub_group_size",
-        "use_multi_rank_bucket_allreduce",
-        "zero_hpz_partition_size",
-        "zero_quantized_gradients",
-        "zero_quantized_nontrainable_weights",
-        "zero_quantized_weights",
-    }
-)
-
-REFUSED_ZERO_KEYS = {
-    "cpu_offload": "deprecated; use offload_optimizer",
-    "cpu_offload_param": "deprecated; use offload_param",
-    "cpu_offload_use_pin_memory": "deprecated; use pin_memory in offload_optimizer or offload_param",
-    "elastic_checkpoint": _CHECKPOINT,
-    "mics_hierarchical_params_gather": _GONE,
-    "mics_shard_size": _GONE,
-    "save_muon_momentum_buffer_in_memory": "Muon is not supported",
-    "stage3_gather_fp16_weights_on_model_save": "deprecated; use stage3_gather_16bit_weights_on_model_save",
-    "zenflow": "its delayed updates are not those of plain fine-tuning",
-    "zeropp_loco_param": _GONE,
-}
-
-# Refused unless they have the value that leaves them off: nobody has shown yet that state survives a stage switch with them.
-UNPROVEN = {
-    ("zero_optimization", "zero_hpz_partition_size"): 1,
-    ("zero_optimization", "zero_quantized_gradients"): False,
-    ("zero_optimization", "zero_quantized_nontrainable_weights"): False,
-    ("zero_optimization", "zero_quantized_weights"): False,
-    ("zero_optimization", "offload_optimizer", "ratio"): 1.0,
-    ("zero_optimization", "offload_optimizer", "super_offload"): False,
-}
-
-# Refused unless they have the value that a run has anyway: path → (that value, why).
-FIXED: dict[tuple[str, ...], tuple[object, str]] = {
-    ("data_types", "param_dtype"): (None, "use train.precision"),
-    ("gradient_predivide_factor",): (1.0, "ZeRO has no such scaling"),
-    ("prescale_gradients",): (False, "ZeRO has no such scaling"),
-    ("zero_optimization", "compute_grad_norm"): (True, "every step's gradient is checked before it changes a weight"),
-    ("zero_allow_untested_optimizer",): (True, "the optimizer is torch's AdamW"),
-    ("zero_force_ds_cpu_optimizer",): (False, "the optimizer is torch's AdamW, fused on a CPU too"),
-}
-
 ZERO_BOOLEANS = frozenset(
     {
         "allgather_partitions",
@@ -182,6 +108,7 @@ ZERO_BOOLEANS = frozenset(
         "use_multi_rank_bucket_allreduce",
     }
 )
+
 ZERO_NUMBERS = frozenset(
     {
         "allgather_bucket_size",
@@ -195,6 +122,54 @@ ZERO_NUMBERS = frozenset(
         "sub_group_size",
     }
 )
+
+ZERO_KEYS = (
+    ZERO_BOOLEANS
+    | ZERO_NUMBERS
+    | {
+        "leaf_module",
+        "offload_optimizer",
+        "offload_param",
+        "stage",
+        "zero_hpz_partition_size",
+        "zero_quantized_gradients",
+        "zero_quantized_nontrainable_weights",
+        "zero_quantized_weights",
+    }
+)
+
+REFUSED_ZERO_KEYS = {
+    "cpu_offload": "deprecated; use offload_optimizer",
+    "cpu_offload_param": "deprecated; use offload_param",
+    "cpu_offload_use_pin_memory": "deprecated; use pin_memory in offload_optimizer or offload_param",
+    "elastic_checkpoint": _CHECKPOINT,
+    "mics_hierarchical_params_gather": _GONE,
+    "mics_shard_size": _GONE,
+    "save_muon_momentum_buffer_in_memory": "Muon is not supported",
+    "stage3_gather_fp16_weights_on_model_save": "deprecated; use stage3_gather_16bit_weights_on_model_save",
+    "zenflow": "its delayed updates are not those of plain fine-tuning",
+    "zeropp_loco_param": _GONE,
+}
+
+_UNPROVEN = "no stage switch was shown to be exact with it"
+
+# Refused unless they have the value that a run has anyway: path → (that value, why).
+FIXED: dict[tuple[str, ...], tuple[object, str]] = {
+    ("data_types", "param_dtype"): (None, "use train.precision"),
+    ("fp16", "fp16_master_weights_and_grads"): (False, "master weights are always fp32"),
+    ("gradient_allreduce_op",): ("mean", "another would scale the gradient by the number of ranks"),
+    ("gradient_predivide_factor",): (1.0, "ZeRO has no such scaling"),
+    ("prescale_gradients",): (False, "ZeRO has no such scaling"),
+    ("zero_optimization", "compute_grad_norm"): (True, "every step's gradient is checked before it changes a weight"),
+    ("zero_optimization", "offload_optimizer", "ratio"): (1.0, _UNPROVEN),
+    ("zero_optimization", "offload_optimizer", "super_offload"): (False, _UNPROVEN),
+    ("zero_optimization", "zero_hpz_partition_size"): (1, _UNPROVEN),
+    ("zero_optimization", "zero_quantized_gradients"): (False, _UNPROVEN),
+    ("zero_optimization", "zero_quantized_nontrainable_weights"): (False, _UNPROVEN),
+    ("zero_optimization", "zero_quantized_weights"): (False, _UNPROVEN),
+    ("zero_allow_untested_optimizer",): (True, "the optimizer is torch's AdamW"),
+    ("zero_force_ds_cpu_optimizer",): (False, "the optimizer is torch's AdamW, fused on a CPU too"),
+}
 
 OFFLOAD_OPTIMIZER_KEYS = frozenset(
     {

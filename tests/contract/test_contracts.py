@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedConfig
 
 from progscale.methods import METHODS
 from progscale.schedule import SCHEDULES
@@ -123,6 +124,7 @@ def learning_rate_is_its_closed_form(outcome: Outcome) -> None:
 def by_hand(first_blocks: list[int], skipped_step: int | None = None) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses and weights of the run as one writes it without progscale: one torch AdamW, frozen tensors left without gradient."""
     module = tiny_model("bert", blocks=BLOCKS)
+    config: PreTrainedConfig = module.config
     module.train()
     named = dict(module.named_parameters())
     plain = [value for name, value in named.items() if name.endswith("bias") or "LayerNorm" in name]
@@ -132,7 +134,7 @@ def by_hand(first_blocks: list[int], skipped_step: int | None = None) -> tuple[l
     losses = []
     for step in range(STEPS):
         first = first_blocks[step * len(first_blocks) // STEPS]
-        tokens, labels = global_batch(step, 8, module.config.vocab_size)  # type: ignore[union-attr, arg-type]
+        tokens, labels = global_batch(step, 8, config.vocab_size)
         logits = module(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
         loss = torch.nn.functional.cross_entropy(logits, labels)
         loss.backward()

@@ -9,6 +9,7 @@ import torch
 from progscale.engine.base import Engine
 from progscale.errors import AuditError
 from progscale.meters import Audit, MemoryMeter, StageMeter
+from progscale.optim import StageBuild
 from tests.harness.cases import builds_of, make_engine, row_loss, share
 from tests.tiny import tiny_model
 
@@ -34,10 +35,15 @@ def audited_stage(engine: str, flip_on: int | None, in_switch: bool = False) -> 
         if flip_on == made.rank:
             flip_bit(parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter.data)
 
-    audit = Audit(made, frozen)
-    build = made._build
+    audit = Audit(made, builds[1])
     if in_switch:
-        made._build = lambda stage: (build(stage), flip())[0]  # type: ignore[method-assign]
+        build = made._build
+
+        def build_carelessly(stage: StageBuild) -> None:
+            build(stage)
+            flip()
+
+        vars(made)["_build"] = build_carelessly
     made.begin_stage(builds[1])
     sizes = {name: info.numel for name, info in parts.parameters.items()}
     meter = StageMeter(made, builds[1], sizes, MemoryMeter(torch.device("cpu")), audit)

@@ -20,6 +20,7 @@ from progscale.blocks import partition
 from progscale.engine.base import Engine, EngineSettings
 from progscale.engine.deepspeed import DeepSpeedEngine
 from progscale.engine.launch import create_engine, make_accelerator, set_up_cpu
+from progscale.engine.local import LocalEngine
 from progscale.engine.state import slices_of
 from progscale.learning_rate import LearningRate
 from progscale.methods import METHODS
@@ -310,8 +311,8 @@ def overflow_at_the_lowest_scale(engine: str) -> tuple[str | None, bool, bool]:
     made.begin_stage(builds[0])
     if isinstance(made, DeepSpeedEngine):
         made._zero().loss_scaler.cur_scale = made._zero().loss_scaler.min_scale
-    else:
-        made._scaler = torch.amp.GradScaler("cpu", init_scale=1.0)  # type: ignore[attr-defined]
+    elif isinstance(made, LocalEngine):
+        made._scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
     batches = share(0, 8, module.config.vocab_size, made.rank, made.world_size, 2)
     result = made.train_step(batches, 8, steep_loss, 1e-3)
     kept = scale_of(made) == 1.0

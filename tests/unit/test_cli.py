@@ -236,8 +236,8 @@ def test_a_run_that_crashes_lets_go_of_stderr_and_waits_for_nobody(monkeypatch: 
 
     class Broken(Session):
         def __init__(self) -> None:
-            self.engine = SimpleNamespace(world_size=world_size)  # type: ignore[assignment]
-            self.console = SimpleNamespace(end=lambda: done.append("console"))  # type: ignore[assignment]
+            engine, console = SimpleNamespace(world_size=world_size), SimpleNamespace(end=lambda: done.append("console"))
+            vars(self).update(engine=engine, console=console)
 
         def close(self) -> None:
             done.append("session")

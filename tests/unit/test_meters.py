@@ -25,9 +25,10 @@ def stage_record(skip: tuple[int, ...] = ()) -> tuple[dict, int]:
     parts, builds = builds_of(module, "progtuning", "never", 2, 6, "full", {})
     engine.begin_stage(builds[0])
     engine.train_step(share(0, ROWS, 101, 0, 1, 3), ROWS, row_loss, 1e-3)
+    audit = Audit(engine, builds[1])
     engine.begin_stage(builds[1])
     sizes = {name: info.numel for name, info in parts.parameters.items()}
-    meter = StageMeter(engine, builds[1], sizes, MemoryMeter(CPU), Audit(engine, []))
+    meter = StageMeter(engine, builds[1], sizes, MemoryMeter(CPU), audit)
     meter.start()
     for step in range(3, 6):
         loss = (lambda o, y: row_loss(o, y) * float("nan")) if step in skip else row_loss
@@ -99,9 +100,8 @@ def test_a_changed_tensor_stops_the_run() -> None:
     parts, builds = builds_of(module, "progtuning", "never", 2, 4, "full", {})
     engine.begin_stage(builds[1])
     sizes = {name: info.numel for name, info in parts.parameters.items()}
-    frozen = [name for name in parts.parameters if name not in builds[1].live]
-    meter = StageMeter(engine, builds[1], sizes, MemoryMeter(CPU), Audit(engine, frozen))
-    audit = Audit(engine, parts.names("embeddings"))
+    audit = Audit(engine, builds[1])
+    meter = StageMeter(engine, builds[1], sizes, MemoryMeter(CPU), audit)
     assert audit.changed() == []
     name = parts.names("embeddings")[0]
     with torch.no_grad():

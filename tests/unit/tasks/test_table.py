@@ -32,6 +32,21 @@ def write(path: Path, content: str | bytes) -> str:
     return str(path)
 
 
+def write_metric(path: Path, inputs: dict[str, str], result: str) -> Path:
+    """A module with an `evaluate.Metric` of these inputs (name: type), whose scores are the expression `result` of them."""
+    kinds = ", ".join(f"{name!r}: datasets.Value({kind!r})" for name, kind in inputs.items())
+    path.write_text(
+        "import datasets\nimport evaluate\n"
+        "class Own(evaluate.Metric):\n"
+        "    def _info(self):\n"
+        "        return evaluate.MetricInfo(description='', citation='', inputs_description='',\n"
+        f"                                   features=datasets.Features({{{kinds}}}))\n"
+        f"    def _compute(self, {', '.join(inputs)}):\n"
+        f"        return {result}\n"
+    )
+    return path
+
+
 def csv_text(rows: Any, header: tuple[str, ...] = ("sentence", "label"), mark: str = ",") -> str:
     def field(value: Any) -> str:
         quoted = str(value).replace('"', '""')
@@ -259,17 +274,8 @@ def test_rows_that_are_cut_are_told(tmp_path: Path, caplog: pytest.LogCaptureFix
 def test_a_ranking_metric_gets_what_ranks(tmp_path: Path) -> None:
     """Two logits rank by their difference: 3 over 2 is a surer yes than 4 over 5."""
     path = write(tmp_path / "train.csv", GOOD)
-    own = tmp_path / "highest.py"
-    own.write_text(
-        "import datasets\nimport evaluate\n"
-        "class Highest(evaluate.Metric):\n"
-        "    def _info(self):\n"
-        "        kinds = {'prediction_scores': datasets.Value('float32'), 'references': datasets.Value('int64')}\n"
-        "        return evaluate.MetricInfo(description='', citation='', inputs_description='',\n"
-        "                                   features=datasets.Features(kinds))\n"
-        "    def _compute(self, prediction_scores, references):\n"
-        "        return {'highest': max(range(len(references)), key=lambda row: prediction_scores[row])}\n"
-    )
+    result = "{'highest': max(range(len(references)), key=lambda row: prediction_scores[row])}"
+    own = write_metric(tmp_path / "highest.py", {"prediction_scores": "float32", "references": "int64"}, result)
     task = build(train_file=path, validation_file=path, metric=f"evaluate:{own}")
     tokens = task.tokenize(demo_tokenizer(), 8)["validation"]
     outputs = {row: [5.0, 4.0] for row in range(len(tokens))} | {3: [2.0, 3.0]}
@@ -297,17 +303,8 @@ def test_unlabelled_rows_of_named_classes_are_told_as_such(tmp_path: Path) -> No
 
 def test_a_metric_of_the_user(tmp_path: Path) -> None:
     path = write(tmp_path / "train.csv", GOOD)
-    own = tmp_path / "hits.py"
-    own.write_text(
-        "import datasets\nimport evaluate\n"
-        "class Hits(evaluate.Metric):\n"
-        "    def _info(self):\n"
-        "        kinds = {'predictions': datasets.Value('int64'), 'references': datasets.Value('int64')}\n"
-        "        return evaluate.MetricInfo(description='', citation='', inputs_description='',\n"
-        "                                   features=datasets.Features(kinds))\n"
-        "    def _compute(self, predictions, references):\n"
-        "        return {'count': sum(p == r for p, r in zip(predictions, references))}\n"
-    )
+    result = "{'count': sum(p == r for p, r in zip(predictions, references))}"
+    own = write_metric(tmp_path / "hits.py", {"predictions": "int64", "references": "int64"}, result)
     task = build(train_file=path, validation_file=path, metric=f"evaluate:{own}")
     assert (task.primary_metric, task.higher_is_better) == ("hits", True)
     tokens = task.tokenize(demo_tokenizer(), 8)["validation"]
