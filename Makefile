@@ -4,16 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-product test-real lint setup clean
+.PHONY: demo test test-product test-reliability test-real lint setup clean
 
 demo: $(READY)
 	$(BIN)/accelerate launch --config_file configs/accelerate/cpu2.yaml launch/train.py --config configs/demo.json --config configs/zero2.json
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not real_data and not product"
+	$(BIN)/python -m pytest -m "not real_data and not product and not slow"
 
 test-product: $(READY)
 	$(BIN)/python -m pytest -m product
+
+test-reliability: $(READY)
+	$(BIN)/python -m pytest -m slow
 
 test-real: $(READY)
 	$(BIN)/python -m pytest -m real_data

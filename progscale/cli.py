@@ -30,7 +30,9 @@ EXAMPLES = """examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code: 0, 2 for a mistake in the input, 3 for a run stopped by its own checks."""
+    """Runs a command; returns its exit code: 0, 2 for a mistake in the input, 3 for a run stopped by its own checks, 75 for
+    one that was told to stop and can be resumed.
+    """
     parser = build_parser()
     options = parser.parse_args(arguments)
     if options.command is None:
@@ -85,6 +87,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_plan_options(plan)
     plan.set_defaults(run=run_plan)
+    doctor = commands.add_parser(
+        "doctor",
+        help="what this machine and a config will do: versions, memory, disk, ranks, network",
+        description="Looks at this machine before a run is started. Exit code 2 when something would keep the run from working.",
+        epilog="examples:\n  progscale doctor --config configs/zero2.json\n"
+        "  accelerate launch -m progscale doctor --config configs/zero2.json      as a rank of a run sees it",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_config_options(doctor)
+    doctor.add_argument("--format", choices=["table", "json"], default="table", help="output format")
+    doctor.add_argument("--trust-remote-code", action="store_true", help="run Python code from the model's repository")
+    doctor.set_defaults(run=run_doctor)
     return parser
 
 
@@ -93,6 +108,13 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     add_config_options(parser)
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     parser.add_argument("--dry-run", action="store_true", help="read config and data, print the plan and stop")
+    parser.add_argument(
+        "--resume",
+        default="never",
+        metavar="auto|never|must|PATH",
+        help="go on from the newest valid checkpoint of the run's folder, if there is one (auto) or else not at all (must), or "
+        "from the checkpoint or run folder at PATH; default: never",
+    )
     parser.add_argument("--list-options", action="store_true", help="list every config key with its default and stop")
     parser.add_argument(
         "--allow-pickle", action="store_true", help="accept model weights that are no safetensors (they can run code)"
@@ -168,23 +190,15 @@ def run_train(options: argparse.Namespace) -> int:
         print(json.dumps(dump_config(config), indent=2))
         return 0
     quiet_libraries()
-    from progscale.loop import train
-    from progscale.session import Session
-    from progscale.setup import Permissions, prepare
+    from progscale.run import run
 
-    permissions = Permissions(options.allow_pickle, options.trust_remote_code)
-    session = prepare(config, permissions, dry_run=options.dry_run)
-    if isinstance(session, Session):
-        try:
-            train(session)
-        except BaseException as error:
-            session.console.end()  # a live progress bar holds stderr
-            # Every rank meets an error of ours; any other may have met this rank alone, and the others wait in a collective.
-            if isinstance(error, ProgscaleError) or session.engine.world_size == 1:
-                session.close()
-            raise
-        session.close()
-    return 0
+    return run(
+        config,
+        resume=options.resume,
+        dry_run=options.dry_run,
+        allow_pickle=options.allow_pickle,
+        trust_remote_code=options.trust_remote_code,
+    )
 
 
 def run_plan(options: argparse.Namespace) -> int:
@@ -203,6 +217,19 @@ def run_plan(options: argparse.Namespace) -> int:
 
     plan = plan_of(config, options)
     return show(plan.to_json(), lambda _: render_plan(plan), options.format)
+
+
+def run_doctor(options: argparse.Namespace) -> int:
+    """The command `doctor`: one answer for each machine, 2 when there is a problem."""
+    config = read_config(options)
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return 0
+    quiet_libraries()
+    from progscale.doctor import examine, render_checks
+
+    checks = examine(config, trust_remote_code=options.trust_remote_code)
+    show([check._asdict() for check in checks], lambda _: render_checks(checks), options.format)
+    return 2 if any(check.status == "problem" for check in checks) else 0
 
 
 def plan_of(config: Config, options: argparse.Namespace) -> Plan:

@@ -341,6 +341,7 @@ def _ignore_signals(worker: int) -> None:
     """A signal is for the run, which ends its workers itself: one that dies first would look like a fault."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def eval_batches(

@@ -1,7 +1,8 @@
 """Errors meant for the person who started the run: one message, no traceback.
 
 Every message says what was given, what is allowed and which key to change. `exit_code` is what the
-command line returns: 2 for a mistake in the input, 3 for a run stopped by its own checks.
+command line returns: 1 for a crash or a checkpoint that cannot be written, 2 for a mistake in the input, 3 for a run
+stopped by its own checks, 75 for one that was told to stop and can go on later.
 """
 
 from __future__ import annotations
@@ -49,6 +50,41 @@ class AuditError(ProgscaleError):
     """A frozen tensor changed its bits, or a live one has no optimizer state."""
 
     exit_code = 3
+
+
+class CheckpointError(ProgscaleError):
+    """A checkpoint could not be written; those that were there are untouched."""
+
+
+class RejectedError(UserError):
+    """A checkpoint is damaged, incomplete, not of this run, or not there at all.
+
+    Args:
+        path: of the checkpoint.
+        reason: what is wrong, naming the file.
+    """
+
+    def __init__(self, path: object, reason: str) -> None:
+        super().__init__(f"checkpoint {path}: {reason}")
+        self.path = path
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[RejectedError], tuple[str, str]]:
+        # It is sent to other ranks; by default it would be rebuilt from the message alone.
+        return RejectedError, (str(self.path), self.reason)
+
+
+class PreemptedError(ProgscaleError):
+    """The run was told to stop (SIGTERM, SIGUSR1, Ctrl-C); what it had reached is saved."""
+
+    # EX_TEMPFAIL of sysexits.h: try again later.
+    exit_code = 75
+
+
+class FinishedError(ProgscaleError):
+    """There is nothing to resume: the run has ended already."""
+
+    exit_code = 0
 
 
 @dataclass(frozen=True)

@@ -2,29 +2,62 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from progscale.engine.base import Engine
+from progscale.numbers import decode_scores, encode_numbers
+
+PARTIAL, OLD = ".partial", ".old"
 
 
-def export_model(engine: Engine, tokenizer: Any, path: Path) -> None:
+# What the exported weights are: the optimizer step and the scores they had.
+ORIGIN = "progscale.json"
+
+
+def export_model(
+    engine: Engine, tokenizer: Any, path: Path, *, step: int = 0, metrics: Mapping[str, float] | None = None
+) -> None:
     """Writes the model to `path`, replacing what is there only when the new one is whole. A collective.
 
     Parameters are gathered one at a time; the main process holds them all on the CPU while it writes.
     """
     state = {name: value for name, value in engine.full_parameters() if value is not None}
-    engine.on_main(lambda: _write(engine.module, state, tokenizer, path))
+    origin = {"step": step, "metrics": encode_numbers(dict(metrics or {}))}
+    engine.on_main(lambda: _write(engine.module, state, tokenizer, path, origin))
 
 
-def _write(module: torch.nn.Module, state: dict[str, torch.Tensor], tokenizer: Any, path: Path) -> None:
+def exported_origin(path: Path) -> dict[str, Any] | None:
+    """`step` and `metrics` of the model that lies at `path`; an export that was killed in the middle is mended first.
+
+    Returns:
+        None where there is no model of ours.
+    """
+    partial, old = path.with_name(path.name + PARTIAL), path.with_name(path.name + OLD)
+    if not path.exists():
+        # The origin is written last: with it, the new model was whole.
+        source = partial if (partial / ORIGIN).exists() else old
+        if not (source / ORIGIN).exists():
+            return None
+        os.rename(source, path)
+    if not (path / ORIGIN).exists():
+        return None
+    content = json.loads((path / ORIGIN).read_text(encoding="utf-8"))
+    return {"step": int(content["step"]), "metrics": decode_scores(content["metrics"])}
+
+
+def _write(
+    module: torch.nn.Module, state: dict[str, torch.Tensor], tokenizer: Any, path: Path, origin: Mapping[str, Any]
+) -> None:
     persistent = set(module.state_dict().keys())
     state |= {name: buffer.detach().cpu() for name, buffer in module.named_buffers() if name in persistent}
-    partial = path.with_name(path.name + ".partial")
+    partial, old = path.with_name(path.name + PARTIAL), path.with_name(path.name + OLD)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     _save(module, state, partial)
@@ -33,8 +66,13 @@ def _write(module: torch.nn.Module, state: dict[str, torch.Tensor], tokenizer: A
             # What the last call cut, which no later user wants cut.
             tokenizer.backend_tokenizer.no_truncation()
         tokenizer.save_pretrained(partial)
-    shutil.rmtree(path, ignore_errors=True)
+    (partial / ORIGIN).write_text(json.dumps(origin) + "\n", encoding="utf-8")
+    # At no moment is there no whole model: one of the three names always has one.
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        os.rename(path, old)
     os.rename(partial, path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _save(module: Any, state: dict[str, torch.Tensor], folder: Path) -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import functools
+import random
 import time
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
-from progscale.engine.base import StepResult
-from progscale.errors import NonFiniteError
+from progscale.engine.base import StepResult, Switch
+from progscale.errors import NonFiniteError, PreemptedError
 from progscale.export import export_model
 from progscale.meters import Audit, StageMeter, StageRecord
+from progscale.numbers import decode_scores
+from progscale.schedule import Stage
 from progscale.session import Session
 from progscale.tasks.base import Task, Tokenized, evaluate_task
 from progscale.trackers import score_line, stage_table
@@ -23,55 +28,154 @@ def train(session: Session) -> dict[str, Any]:
     Raises:
         NonFiniteError: a loss or gradient was not finite and `train.nonfinite` does not skip it (any more).
         AuditError: a frozen tensor changed its bits.
+        PreemptedError: the run was told to stop, and is saved.
+        CheckpointError: a checkpoint could not be written.
     """
     s, config, engine = session, session.config, session.engine
-    progress = Progress()
-    s.console.begin(s.total_steps)
-    for build in s.builds:
+    progress = Progress.of(s)
+    s.console.begin(s.total_steps, progress.step)
+    for build in s.builds_from(progress.stage):
         audit = Audit(engine, build)
-        switch = engine.begin_stage(build)
+        switch = s.begin_stage(build)
         meter = StageMeter(engine, build, s.sizes, s.memory, audit)
+        progress.begin(build.stage, switch, meter)
         meter.start()
-        for step, batch in s.batches(build.stage):
+        between_steps(s, progress, meter, build.stage)
+        for step, batch in s.batches(build.stage, progress.step):
+            s.sign(f"step {step}")
             seed_step(config.run.seed, step, engine.rank)
             rate = s.learning_rate(step)
-            result = engine.train_step(batch.micro_batches, batch.size, s.task.loss, rate)
+            result = engine.train_step(batch.micro_batches, batch.size, s.task.loss, rate, s.notice)
+            s.heed(result.notices)
             check_finite(s, progress, result, step, batch)
             meter.step(batch.size, batch.tokens, result.applied)
             s.log_step(step, build.stage.index, result, rate)
-            if s.evaluation_due(step, build.stage):
-                meter.stop()
-                evaluate(s, progress, step + 1)
-                meter.start()
+            progress.step, progress.evaluation_due = step + 1, s.evaluation_due(step, build.stage)
+            between_steps(s, progress, meter, build.stage)
         record = meter.finish(
             steps_per_epoch=s.steps_per_epoch,
             first_block=s.first_block(build.stage),
-            switch_seconds=switch.seconds,
-            carried=switch.carried,
+            switch_seconds=progress.switch_seconds,
+            carried=progress.carried,
         )
         progress.stages.append(record)
         s.log("stage", **record.to_json())
+    s.publish(wait=True)
     s.console.end()
     if config.train.save_model == "last":
-        export_model(engine, s.tokenizer, s.model_path)
+        export_model(engine, s.tokenizer, s.model_path, step=progress.step, metrics=progress.metrics)
     return finish(s, progress)
 
 
+def between_steps(s: Session, progress: Progress, meter: StageMeter, stage: Stage) -> None:
+    """Evaluates, saves and stops, where that is due. With the last step of a stage done, the stage is still the one at work.
+
+    Raises:
+        PreemptedError: the run was told to stop; a checkpoint of this step is on the disk.
+    """
+    save = s.save_due(progress.step, stage) and progress.step > progress.saved_step
+    if not (progress.evaluation_due or save or s.stopping or s.publish_due):
+        return
+    meter.stop()
+    if progress.evaluation_due and not s.stopping:
+        progress.evaluation_due = not evaluate(s, progress, progress.step)
+    if save or s.stopping:
+        meter.audit.check(stage.index)
+        content = {"progress": progress.to_json(), "meter": meter.to_json(), "unlogged": s.unlogged}
+        progress.saving_seconds += s.save(progress.step, stage, content)
+        progress.saved_step = progress.step
+    s.publish()
+    if s.stopping:
+        s.log("stopped", step=progress.step)
+        raise PreemptedError(
+            f"told to stop: saved after step {progress.step} of {s.total_steps}; --resume auto goes on from there"
+        )
+    meter.start()
+
+
 class Progress:
-    """What the run has shown so far."""
+    """How far the run is, and what it has shown so far: all that a checkpoint must tell the loop.
+
+    Attributes:
+        step: optimizer steps done.
+        stage: 1-based, the one at work.
+        evaluation_due: the evaluation after `step` is still to be done.
+        saved_step: of the last checkpoint.
+        switch_seconds: of the stage at work.
+        carried: how its optimizer state came to it.
+        earlier_seconds: that the run took before it was resumed.
+    """
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
+        self.earlier_seconds = 0.0
+        self.step = 0
+        self.stage = 1
+        self.evaluation_due = False
+        self.saved_step = 0
         self.stages: list[StageRecord] = []
         self.metrics: dict[str, float] = {}
         self.best: dict[str, float] = {}
         self.best_step = 0
         self.evaluation_seconds = 0.0
+        self.saving_seconds = 0.0
         self.skipped_in_a_row = 0
+        self.switch_seconds = 0.0
+        self.carried = "none"
+        self._meter: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of(cls, s: Session) -> Progress:
+        """Where the session's run stands: at its beginning, or where its checkpoint was taken."""
+        progress = cls()
+        if s.resumed is None:
+            return progress
+        state = s.resumed.checkpoint.state
+        saved = state["progress"]
+        for name in COUNTED:
+            setattr(progress, name, saved[name])
+        progress.saved_step = progress.step if s.resumed.in_place else 0
+        progress.metrics, progress.best = decode_scores(saved["metrics"]), decode_scores(saved["best"])
+        progress.stages = [StageRecord(**record) for record in saved["stages"]]
+        progress._meter = state["meter"]
+        s.unlogged.extend(float(loss) for loss in state["unlogged"])
+        progress.best, progress.best_step = s.best_so_far(progress.best, progress.best_step)
+        return progress
+
+    def to_json(self) -> dict[str, Any]:
+        """For `of`."""
+        counted = {name: getattr(self, name) for name in COUNTED}
+        stages = [record.to_json() for record in self.stages]
+        return {**counted, "earlier_seconds": self.seconds, "metrics": self.metrics, "best": self.best, "stages": stages}
+
+    def begin(self, stage: Stage, switch: Switch, meter: StageMeter) -> None:
+        """A stage begins, or goes on where it was stopped."""
+        self.stage = stage.index
+        if self._meter is None:
+            self.switch_seconds, self.carried = switch.seconds, switch.carried
+        else:
+            meter.restore(self._meter)
+            self._meter = None
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the run, that before a resume included."""
+        return self.earlier_seconds + time.perf_counter() - self.started
 
 
-def evaluate(s: Session, progress: Progress, step: int) -> None:
-    """Scores every evaluation split after `step` optimizer steps, each row once over all ranks; exports the best model."""
+# What a checkpoint holds of Progress as it is.
+COUNTED = (
+    *("step", "stage", "evaluation_due", "best_step", "evaluation_seconds", "saving_seconds", "skipped_in_a_row"),
+    *("switch_seconds", "carried", "earlier_seconds"),
+)
+
+
+def evaluate(s: Session, progress: Progress, step: int) -> bool:
+    """Scores every evaluation split after `step` optimizer steps, each row once over all ranks; exports the best model.
+
+    Returns:
+        Whether it came to its end; False when the run is to stop.
+    """
     start = time.perf_counter()
     metrics: dict[str, float] = {}
     for name, split in s.evaluation_splits.items():
@@ -79,6 +183,9 @@ def evaluate(s: Session, progress: Progress, step: int) -> None:
         loss = torch.zeros((), dtype=torch.float64)
         with s.engine.evaluating():
             for micro in s.evaluation_batches(split):
+                s.sign(f"evaluating {name} after step {step}")
+                if s.ask_to_stop():
+                    return False
                 outputs = s.engine.forward(micro.inputs)
                 if not micro.weight:
                     continue  # a filler: this rank ran out of rows, but must take part in the forward pass
@@ -96,7 +203,8 @@ def evaluate(s: Session, progress: Progress, step: int) -> None:
     if s.is_better(metrics, progress.best):
         progress.best, progress.best_step = metrics, step
         if s.config.train.save_model == "best":
-            export_model(s.engine, s.tokenizer, s.model_path)
+            export_model(s.engine, s.tokenizer, s.model_path, step=step, metrics=metrics)
+    return True
 
 
 def score(task: Task, split: Tokenized, name: str, everyone: list[tuple[dict[int, Any], float]]) -> dict[str, float]:
@@ -135,9 +243,13 @@ def check_finite(s: Session, progress: Progress, result: StepResult, step: int, 
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seeds dropout from (seed, step, rank), so that no step's masks hang on how the run got there."""
+    """Seeds every generator from (seed, step, rank), so that no step's dropout hangs on how the run got there."""
     # The odd constants keep neighbouring steps and ranks from sharing a seed.
-    torch.manual_seed((seed * 1_000_003 + step * 1_009 + rank * 9_176_263) % 2**63)
+    mixed = (seed * 1_000_003 + step * 1_009 + rank * 9_176_263) % 2**63
+    torch.manual_seed(mixed)
+    # A task's own loss may draw from these.
+    random.seed(mixed)
+    np.random.seed(mixed % 2**32)
 
 
 def finish(s: Session, progress: Progress) -> dict[str, Any]:
@@ -158,7 +270,8 @@ def finish(s: Session, progress: Progress) -> dict[str, Any]:
         "switch_seconds": sum(record.switch_seconds for record in progress.stages),
         "audit_seconds": sum(record.audit_seconds for record in progress.stages),
         "evaluation_seconds": progress.evaluation_seconds,
-        "total_seconds": time.perf_counter() - progress.started,
+        "saving_seconds": progress.saving_seconds,
+        "total_seconds": progress.seconds,
         "steps": s.total_steps,
         "stages": stages,
         **s.environment,

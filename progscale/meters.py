@@ -133,6 +133,19 @@ class Audit:
             self._before = self._engine.digests(self._frozen)
             self.seconds += time.perf_counter() - start
 
+    def check(self, stage: int) -> None:
+        """Stops the run when a frozen tensor changed on any rank. A collective.
+
+        Raises:
+            AuditError: naming the first of them.
+        """
+        changed = self.changed()
+        if changed:
+            raise AuditError(
+                f"stage {stage}: {len(changed)} frozen tensors changed their bits, the first of them {changed[0]}. "
+                "This must never happen: the run is stopped; do not use a model that it exported"
+            )
+
     def changed(self) -> list[str]:
         """Names of the frozen tensors that changed on any rank. A collective."""
         assert self._before is not None, "an audit that was never started"
@@ -160,6 +173,7 @@ class StageMeter:
         self.skipped_steps = 0
         self.seconds = 0.0
         memory.reset()
+        self._peak_before: dict[str, int] = {}
         self._running_since: float | None = None
 
     def start(self) -> None:
@@ -179,6 +193,29 @@ class StageMeter:
         self.tokens += tokens
         self.skipped_steps += not applied
 
+    def to_json(self) -> dict[str, Any]:
+        """What a resumed run needs to finish the stage's record. A collective."""
+        counted = {name: getattr(self, name) for name in ("rows", "tokens", "skipped_steps", "seconds")}
+        return {
+            **counted,
+            "audit_seconds": self.audit.seconds,
+            "volume_before": self._volume_before,
+            "peak": self._peak(),
+        }
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Goes on counting from what `to_json` gave before the run was stopped."""
+        for name in ("rows", "tokens", "skipped_steps", "seconds"):
+            setattr(self, name, saved[name])
+        self.audit.seconds += saved["audit_seconds"]
+        self._volume_before = saved["volume_before"]
+        self._peak_before = saved["peak"]
+
+    def _peak(self) -> dict[str, int]:
+        """The highest peak of any rank, in this process or in those before it. A collective."""
+        peaks = [*self._engine.gather_objects(self._memory.peak()), self._peak_before]
+        return max(peaks, key=lambda entry: entry.get("peak_memory_bytes", 0))
+
     def finish(
         self, *, steps_per_epoch: int, first_block: int | dict[str, int], switch_seconds: float, carried: str
     ) -> StageRecord:
@@ -190,15 +227,9 @@ class StageMeter:
         self.stop()
         engine, stage = self._engine, self._build.stage
         volume = engine.updated_volume() - self._volume_before
-        peaks = engine.gather_objects(self._memory.peak())
-        peak = max(peaks, key=lambda entry: entry["peak_memory_bytes"])
+        peak = self._peak()
         state_bytes = engine.optimizer_state_bytes()
-        changed = self.audit.changed()
-        if changed:
-            raise AuditError(
-                f"stage {stage.index}: {len(changed)} frozen tensors changed their bits, the first of them {changed[0]}. "
-                "This must never happen: the run is stopped; do not use a model that it exported"
-            )
+        self.audit.check(stage.index)
         seconds = max(self.seconds, 1e-9)
         return StageRecord(
             stage=stage.index,
@@ -216,7 +247,7 @@ class StageMeter:
             samples_per_second=self.rows / seconds,
             tokens_per_second=self.tokens / seconds,
             optimizer_state_bytes=state_bytes,
-            frozen_changed=len(changed),
+            frozen_changed=0,  # or the audit would have raised
             carried=carried,
             **peak,
         )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import platform
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -14,16 +15,27 @@ import torch
 
 from progscale import __version__
 from progscale.blocks import Partition
-from progscale.config import Config
+from progscale.checkpoint.reader import load_optimizer, load_weights
+from progscale.checkpoint.saver import Saved, Saver
+from progscale.config import Config, dump_config
 from progscale.data import GlobalBatch, MicroBatch, TrainLoader, eval_batches
-from progscale.engine.base import Engine, StepResult
+from progscale.engine.base import Engine, StepResult, Switch
+from progscale.errors import CheckpointError
+from progscale.export import exported_origin
 from progscale.learning_rate import LearningRate
 from progscale.meters import MemoryMeter
+from progscale.numbers import encode_numbers
 from progscale.optim import StageBuild
 from progscale.plan import Plan
+from progscale.resume import Resumed
 from progscale.schedule import Stage
+from progscale.signals import Signals
 from progscale.tasks.base import Task, Tokenized
 from progscale.trackers import RunConsole, RunFolder
+from progscale.watch import Watch
+
+# Bits of what a rank tells the others with each step.
+STOP, WRITTEN = 1, 2
 
 
 @dataclass
@@ -34,6 +46,14 @@ class Session:
         padding: the value that fills up each model input, by name.
         total_steps: optimizer steps of the run.
         steps_per_epoch: optimizer steps of one pass over the training split.
+        saver: writes checkpoints.
+        identity: what a checkpoint must have in common with this run.
+        resumed: the checkpoint that the run goes on from.
+        signals: what this process was told.
+        watch: sees when another rank is gone.
+        steps_done: of the last checkpoint.
+        stopping: some rank was told to stop, and all ranks know.
+        unlogged: losses since the last record.
     """
 
     config: Config
@@ -52,7 +72,15 @@ class Session:
     folder: RunFolder | None
     total_steps: int
     steps_per_epoch: int
-    _unlogged: list[float] = field(default_factory=list)
+    saver: Saver
+    identity: Mapping[str, Any]
+    resumed: Resumed | None = None
+    signals: Signals = field(default_factory=Signals)
+    watch: Watch | None = None
+    stopping: bool = False
+    steps_done: int = 0
+    unlogged: list[float] = field(default_factory=list)
+    _written_everywhere: bool = False
 
     @property
     def evaluation_splits(self) -> dict[str, Tokenized]:
@@ -75,9 +103,9 @@ class Session:
         policy = self.config.train.nonfinite
         return 0 if policy == "stop" else int(policy.partition(":")[2])
 
-    def batches(self, stage: Stage) -> Iterator[tuple[int, GlobalBatch]]:
-        """(optimizer step, global batch) of a stage; a stage may begin and end inside an epoch."""
-        step = stage.start_step
+    def batches(self, stage: Stage, start: int) -> Iterator[tuple[int, GlobalBatch]]:
+        """(optimizer step, global batch) of a stage from step `start` on; a stage may begin and end inside an epoch."""
+        step = start
         while step < stage.end_step:
             epoch, position = divmod(step, self.steps_per_epoch)
             for batch in self.loader.epoch(epoch, start=position):
@@ -101,6 +129,123 @@ class Session:
         )
         return self.console.track(batches, len(split), world_size)
 
+    # -- stopping and saving --------------------------------------------------------------------------------------
+
+    def sign(self, where: str) -> None:
+        """Tells the watch that this rank goes on."""
+        if self.watch is not None:
+            self.watch.sign(where)
+
+    def notice(self) -> int:
+        """What this rank tells the others with a step: whether it was told to stop, and whether its checkpoint is written."""
+        return STOP * (self.signals.received is not None) + WRITTEN * self.saver.written
+
+    def heed(self, notices: Sequence[int]) -> None:
+        """Takes in what all ranks told with a step."""
+        self.stopping = self.stopping or any(notice & STOP for notice in notices)
+        self._written_everywhere = all(notice & WRITTEN for notice in notices)
+
+    def ask_to_stop(self) -> bool:
+        """Whether some rank was told to stop. A collective."""
+        self.stopping = self.stopping or self.engine.any_true(self.signals.received is not None)
+        return self.stopping
+
+    def begin_stage(self, build: StageBuild) -> Switch:
+        """Switches to a stage; the first one of a resumed run gets its weights and its optimizer's state from the checkpoint."""
+        self.sign(f"switching to stage {build.stage.index}")
+        if self.resumed is None or self.engine.build is not None:
+            switch = self.engine.begin_stage(build)
+        else:
+            checkpoint = self.resumed.checkpoint
+            load_weights(checkpoint, self.engine)
+            switch = self.engine.begin_stage(build)
+            load_optimizer(checkpoint, self.engine)
+            if checkpoint.state["loss_scale"] is not None and self.engine.scales_loss:
+                self.engine.load_scaler_state(checkpoint.state["loss_scale"])
+        self.saver.reserve()
+        return switch
+
+    def builds_from(self, stage: int) -> tuple[StageBuild, ...]:
+        """The stages that are left, from the 1-based `stage` on."""
+        return tuple(build for build in self.builds if build.stage.index >= stage)
+
+    def save_due(self, step: int, stage: Stage) -> bool:
+        """Whether to save when `step` optimizer steps are done."""
+        when = self.config.checkpoint
+        by_steps = when.every_steps is not None and step % when.every_steps == 0
+        by_epoch = when.at_epochs and step % self.steps_per_epoch == 0
+        return bool(by_steps or by_epoch or (when.at_stages and step == stage.end_step))
+
+    def save(self, step: int, stage: Stage, content: Mapping[str, Any]) -> float:
+        """Saves after `step` optimizer steps; when the run is stopping it is on the disk at the return. A collective.
+
+        Args:
+            step: optimizer steps done.
+            stage: at work.
+            content: of the loop: what it needs to go on.
+
+        Returns:
+            Seconds for which training stood still.
+
+        Raises:
+            CheckpointError: it cannot be written, and `checkpoint.on_error` is "stop".
+        """
+        begin, self.steps_done = time.perf_counter(), step
+        self.publish(wait=True)
+        self.sign(f"saving step {step}")
+        state = {
+            **content,
+            "step": step,
+            "stage": stage.index,
+            "epoch": step // self.steps_per_epoch,
+            "position": step % self.steps_per_epoch,
+            "seed": self.config.run.seed,
+            "learning_rate": self.learning_rate(min(step, self.total_steps - 1)),
+            "loss_scale": self.engine.scaler_state(),
+            "engine": self.engine.name,
+            "world_size": self.engine.world_size,
+            "run": dict(self.identity),
+            "config": dump_config(self.config),
+            "versions": self.environment["versions"],
+            "metrics_bytes": self.folder.sync() if self.folder is not None else 0,
+            "parameters": {name: self.engine.numel(name) for name in self.engine.parameters},
+        }
+        self._report(lambda: self.saver.save(step, encode_numbers(state), wait=self.stopping))
+        return time.perf_counter() - begin
+
+    def publish(self, *, wait: bool = False) -> None:
+        """Publishes a background save when all ranks have written it; with `wait`, waits for that. A collective."""
+        if self.publish_due or (wait and self.saver.busy):
+            self._written_everywhere = False
+            self._report(self.saver.finish)
+
+    @property
+    def publish_due(self) -> bool:
+        """Whether all ranks have written a background save that is not published yet."""
+        return self.saver.busy and self._written_everywhere
+
+    def _report(self, action: Callable[[], Saved | None]) -> None:
+        try:
+            saved = action()
+        except CheckpointError as error:
+            # A run that is stopping would be lost: its failure must be seen.
+            if self.stopping or self.config.checkpoint.on_error == "stop":
+                raise
+            self.console.show(f"warning: {error}")
+            self.log("checkpoint_failed", message=str(error))
+            return
+        if saved is not None:
+            self.log(
+                "checkpoint",
+                step=saved.step,
+                path=saved.path.name,
+                bytes=saved.bytes,
+                blocked_seconds=saved.blocked_seconds,
+                seconds=saved.seconds,
+            )
+
+    # -- what is due, what is shown -------------------------------------------------------------------------------
+
     def evaluation_due(self, step: int, stage: Stage) -> bool:
         """Whether to evaluate after optimizer step `step` (0-based); always after the last."""
         done = step + 1
@@ -119,6 +264,18 @@ class Session:
         new, old = metrics[self.task.primary_metric], best[self.task.primary_metric]
         return old != old or (new > old if self.task.higher_is_better else new < old)
 
+    def best_so_far(self, best: dict[str, float], step: int) -> tuple[dict[str, float], int]:
+        """Scores and step of the best model, for a run that goes on: those of the model that lies in its folder. A collective.
+
+        It may be of a later step than the checkpoint, exported before the run was stopped.
+        """
+        if self.config.train.save_model != "best":
+            return best, step
+        origin = self.engine.on_main(lambda: exported_origin(self.model_path))
+        if origin is None:
+            return {}, 0
+        return (best, step) if origin["step"] == step else (origin["metrics"], origin["step"])
+
     def first_block(self, stage: Stage) -> int | dict[str, int]:
         """The stage's lowest live block, by stack where the model has several."""
         by_stack = stage.first_block(self.partition.num_blocks)
@@ -132,22 +289,23 @@ class Session:
     def log_step(self, step: int, stage: int, result: StepResult, rate: float) -> None:
         """Shows a step, and records the mean loss since the last record at each logging step; faulty steps do not count."""
         if result.fault is None:
-            self._unlogged.append(result.loss)
+            self.unlogged.append(result.loss)
         self.console.step(step, stage, result.loss, rate)
         if (step + 1) % self.config.train.logging_steps == 0 or step + 1 == self.total_steps:
-            mean = sum(self._unlogged) / len(self._unlogged) if self._unlogged else None
-            self._unlogged.clear()
+            mean = sum(self.unlogged) / len(self.unlogged) if self.unlogged else None
+            self.unlogged.clear()
             self.log("step", step=step + 1, stage=stage, loss=mean, grad_norm=result.grad_norm, learning_rate=rate)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """summary.json, by the main process."""
         if self.folder is not None:
             self.folder.write("summary.json", summary)
-            self.folder.close()
 
     def close(self) -> None:
         """Lets go of the engine, the progress bar and the process group."""
         self.console.end()
+        if self.folder is not None:
+            self.folder.close()
         self.engine.close()
         self.engine.accelerator.end_training()
         gc.unfreeze()  # frozen by `prepare`

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import itertools
+import json
 import math
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -12,14 +14,16 @@ from typing import Any
 import torch
 
 from progscale.blocks import Partition, partition
-from progscale.config import Config, config_hash, dump_config, micro_batch_size
+from progscale.checkpoint.saver import Saver
+from progscale.checkpoint.store import Store
+from progscale.config import Config, config_hash, decisive_values, dump_config, micro_batch_size
 from progscale.data import TrainLoader, pad_values
 from progscale.engine import ranks
 from progscale.engine.base import Engine, EngineSettings
 from progscale.engine.deepspeed import check_release
 from progscale.engine.launch import check_precision, create_engine, make_accelerator, set_up_cpu
 from progscale.engine.loading import load_module
-from progscale.errors import ConfigError, Fault, ModelError
+from progscale.errors import ConfigError, Fault, FinishedError, ModelError
 from progscale.learning_rate import LearningRate
 from progscale.meters import MemoryMeter
 from progscale.methods import METHODS, Method
@@ -28,8 +32,11 @@ from progscale.models.loading import build_meta, check_weights, find_family
 from progscale.models.tokenizers import check_tokenizer, drop_token_types, load_tokenizer
 from progscale.optim import AdamW, build_for
 from progscale.plan import Plan, make_plan, render_plan, schedule_options
+from progscale.resume import FOLDER as CHECKPOINTS
+from progscale.resume import POLICIES, Resumed, derive_stage, find_checkpoint, identity_of
 from progscale.schedule import Stage, build_stages
 from progscale.session import Session
+from progscale.signals import Signals
 from progscale.tasks.base import TASKS, Task, Tokenized
 from progscale.tasks.demo import DEMO_MODEL, demo_tokenizer
 from progscale.trackers import RunConsole, RunFolder
@@ -44,6 +51,8 @@ class Permissions:
 
 
 NO_PERMISSIONS = Permissions()
+# How much longer a collective waits than the watch.
+WATCH_FIRST_SECONDS = 30
 # The dtype of the parameters themselves, where it is not float32; autocast needs none.
 PARAMETER_DTYPES = {"bf16_params": torch.bfloat16, "fp16": torch.float16}
 
@@ -59,14 +68,29 @@ class Inputs:
     tokenizer: Any
 
 
-def prepare(config: Config, permissions: Permissions = NO_PERMISSIONS, *, dry_run: bool = False) -> Session | Plan:
+def prepare(
+    config: Config,
+    permissions: Permissions = NO_PERMISSIONS,
+    *,
+    dry_run: bool = False,
+    resume: str = "never",
+    signals: Signals | None = None,
+) -> Session | Plan:
     """Everything a run needs, in the order in which mistakes are cheapest to find.
 
-    The data and the model's config first, then the plan from a model without weights, then the weights and the engine. With
-    `dry_run` it stops at the plan. Every rank must call it.
+    The data and the model's config first, then the plan from a model without weights, then the checkpoint to go on from,
+    then the weights and the engine. With `dry_run` it stops at the plan. Every rank must call it.
+
+    Args:
+        config: of the run.
+        permissions: of the command line.
+        dry_run: stop at the plan.
+        resume: "never", "auto", "must", or the path of a checkpoint or of a run's folder.
+        signals: of this process; by default the run cannot be told to stop.
 
     Raises:
-        UserError: config, data, schedule or model do not fit; the run folder has not been touched.
+        UserError: config, data, schedule, model or checkpoint do not fit; the run folder has not been touched.
+        FinishedError: the run to go on with has ended already.
     """
     set_up_cpu(config.run.threads)
     found = find_inputs(config, permissions)
@@ -94,9 +118,20 @@ def prepare(config: Config, permissions: Permissions = NO_PERMISSIONS, *, dry_ru
     if dry_run:
         return plan
 
-    folder = ranks.on_main(lambda: open_folder(config, plan))
+    run_folder = Path(config.run.output_dir) / config.run_name
+    identity = identity_of(config, parts, stages, splits, steps_per_epoch=loader.steps_per_epoch)
+    resumed = None
+    if resume != "never":
+        if resume in POLICIES:
+            ranks.on_main(lambda: check_unfinished(config, run_folder))
+        resumed = find_checkpoint(resume, run_folder, identity, console.show)
+        if resumed is not None:
+            derive_stage(stages, resumed.checkpoint)
+        console.show(resume_line(resumed, run_folder, total_steps))
+    store = Store(run_folder / CHECKPOINTS, config.checkpoint.keep)
+    folder = ranks.on_main(lambda: open_folder(config, plan, run_folder, resumed, store))
     if folder is not None and folder.moved is not None:
-        console.show(f"the run that lay in {folder.path} is now in {folder.moved}")
+        console.show(f"the run that lay in {folder.path} is now in {folder.moved}{unfinished(folder.moved)}")
     memory = MemoryMeter(torch.device(accelerator.device))
     engine = make_engine(config, found, method, accelerator)
     # What is here now stays to the end. Without this each switch would scan it all in search of the old engine's cycles.
@@ -120,6 +155,15 @@ def prepare(config: Config, permissions: Permissions = NO_PERMISSIONS, *, dry_ru
         folder=folder,
         total_steps=total_steps,
         steps_per_epoch=loader.steps_per_epoch,
+        saver=Saver(
+            engine,
+            store,
+            shard_bytes=config.checkpoint.shard_megabytes * 2**20,
+            background=config.checkpoint.background,
+        ),
+        identity=identity,
+        resumed=resumed,
+        signals=signals or Signals(),
     )
 
 
@@ -150,7 +194,8 @@ def join_ranks(config: Config) -> Any:
         UserError: ranks, device or precision do not fit the config, or the ranks' configs differ.
     """
     deepspeed = config.engine.deepspeed
-    accelerator = make_accelerator(deepspeed=deepspeed, timeout_seconds=config.engine.timeout_seconds)
+    # The watch says which rank hangs; a collective that gives up first knows only that one does.
+    accelerator = make_accelerator(deepspeed=deepspeed, timeout_seconds=config.engine.timeout_seconds + WATCH_FIRST_SECONDS)
     check_precision(config.train.precision, torch.device(accelerator.device), deepspeed is not None)
     check_same_on_all_ranks(config)
     check_engine(config, int(accelerator.num_processes))
@@ -305,12 +350,82 @@ def code_hash() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
-def open_folder(config: Config, plan: Plan) -> RunFolder:
-    """The run folder with config.json and plan.json in it."""
-    path, named = Path(config.run.output_dir) / config.run_name, config.run.name is not None
-    folder = RunFolder(path, dump_config(config), config_hash(config), named=named)
+def open_folder(config: Config, plan: Plan, path: Path, resumed: Resumed | None, store: Store) -> RunFolder:
+    """The run folder with config.json and plan.json in it; by the main process.
+
+    Where the run goes on in it, half-written checkpoints are removed, and those that lie beyond the one it goes on from are
+    put aside: they are damaged, or of a time that will not come again.
+    """
+    resume_bytes = None
+    if resumed is not None:
+        check_outside(path, resumed.checkpoint.path)
+        if resumed.in_place:
+            resume_bytes = int(resumed.checkpoint.state["metrics_bytes"])
+    named = config.run.name is not None
+    folder = RunFolder(path, dump_config(config), config_hash(config), named=named, resume_bytes=resume_bytes)
     folder.write("plan.json", plan.to_json())
+    if resumed is not None:
+        if resumed.in_place:
+            (path / "summary.json").unlink(missing_ok=True)
+            store.clean()
+            for later in itertools.takewhile(lambda entry: not entry.samefile(resumed.checkpoint.path), store.candidates()):
+                store.sideline(later)
+        folder.record(
+            "resume",
+            step=resumed.checkpoint.step,
+            path=str(resumed.checkpoint.path),
+            saved_by={key: resumed.checkpoint.state[key] for key in ("engine", "world_size", "versions")},
+            rejected=[str(error) for error in resumed.rejected],
+        )
     return folder
+
+
+def check_outside(path: Path, checkpoint: Path) -> None:
+    """Refuses a run folder inside the checkpoint that is read.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if path.resolve().is_relative_to(checkpoint.resolve()):
+        raise ConfigError(Fault("run.output_dir", f"'{path}' lies inside the checkpoint to go on from; choose another"))
+
+
+def check_unfinished(config: Config, path: Path) -> None:
+    """Refuses to go on with a run that has ended.
+
+    Raises:
+        FinishedError: there is a summary of this very run.
+    """
+    if not (path / "summary.json").exists():
+        return
+    try:
+        theirs = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    ours = dump_config(config)
+    if all(theirs.get(section, {}).get(key) == ours[section][key] for section, key in decisive_keys(config)):
+        raise FinishedError(f"the run in {path} has ended: see summary.json there (--resume never makes it anew)")
+
+
+def decisive_keys(config: Config) -> list[tuple[str, str]]:
+    """(section, key) of every option that decides what a run computes."""
+    return [(section, name) for section, _, name in (key.partition(".") for key in decisive_values(config))]
+
+
+def resume_line(resumed: Resumed | None, path: Path, total_steps: int) -> str:
+    """What the user is told of the beginning."""
+    if resumed is None:
+        return f"no checkpoint to go on from in {path}: starting fresh"
+    state = resumed.checkpoint.state
+    by = f"{state['engine']} on {state['world_size']} {'process' if state['world_size'] == 1 else 'processes'}"
+    return f"resuming from {resumed.checkpoint.path}: step {resumed.checkpoint.step} of {total_steps}, saved by {by}"
+
+
+def unfinished(path: Path) -> str:
+    """What to say of a run that was moved aside and could have gone on."""
+    if (path / "summary.json").exists() or not Store(path / CHECKPOINTS).candidates():
+        return ""
+    return " (it was not finished: with --resume auto it would have gone on)"
 
 
 def enable_checkpointing(module: Any) -> None:

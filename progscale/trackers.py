@@ -11,12 +11,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import BaseFileLock, FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from progscale.data import MicroBatch
 from progscale.errors import ConfigError, Fault
+
+PREEMPTED = "PREEMPTED"
+LOCK = ".lock"
 
 
 class RunFolder:
@@ -27,20 +31,35 @@ class RunFolder:
         config: resolved, as a plain dict.
         config_hash: tells whether a folder that is there belongs to the same run.
         named: the user chose the name, so a run of another config in the folder is a mistake; else it is moved aside too.
+        resume_bytes: go on with the run that lies there, whose metrics.jsonl had so many bytes; None begins a new one.
 
     Attributes:
         moved: where an earlier run that lay there is now.
 
     Raises:
-        ConfigError: the folder holds a run of another config, or cannot be written.
+        ConfigError: the folder holds a run of another config, is in use, or cannot be written.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Any], config_hash: str, *, named: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: Mapping[str, Any],
+        config_hash: str,
+        *,
+        named: bool = True,
+        resume_bytes: int | None = None,
+    ) -> None:
         self.path = path
         self.moved: Path | None = None
+        self._lock: BaseFileLock | None = None
         try:
-            self._claim(config_hash, named)
+            if resume_bytes is None:
+                self._claim(config_hash, named)
             path.mkdir(parents=True, exist_ok=True)
+            self._lock = lock(path)
+            if resume_bytes is not None:
+                self._rewind(resume_bytes)
+            (path / PREEMPTED).unlink(missing_ok=True)
             self.write("config.json", {"hash": config_hash, **config})
         except OSError as error:
             raise ConfigError(
@@ -54,7 +73,8 @@ class RunFolder:
         """Moves an earlier run aside; nothing is ever overwritten."""
         there = self.path / "config.json"
         if not there.exists():
-            if self.path.exists() and any(self.path.iterdir()):
+            # A run that was told to stop before it began leaves its marker alone.
+            if self.path.exists() and any(entry.name not in (PREEMPTED, LOCK) for entry in self.path.iterdir()):
                 raise ConfigError(
                     Fault("run.name", f"'{self.path}' exists and is no run folder; choose another with --set run.name=…")
                 )
@@ -66,11 +86,30 @@ class RunFolder:
         if owner is None or (named and owner != config_hash):
             other = "a config.json that is not a run's" if owner is None else "a run of another config"
             raise ConfigError(Fault("run.name", f"'{self.path}' holds {other}; choose another with --set run.name=…"))
+        held = lock(self.path)
         number = 1
         while (aside := self.path.with_name(f"{self.path.name}.{number}")).exists():
             number += 1
         os.rename(self.path, aside)
         self.moved = aside
+        if held is not None:
+            held.release()
+
+    def _rewind(self, size: int) -> None:
+        """Cuts metrics.jsonl back to where it was at the checkpoint; what is cut off stays in a file beside it."""
+        path = self.path / "metrics.jsonl"
+        content = path.read_bytes() if path.exists() else b""
+        if len(content) > size:
+            with (self.path / "metrics.discarded.jsonl").open("ab") as file:
+                file.write(content[size:])
+            with path.open("rb+") as file:
+                file.truncate(size)
+
+    def sync(self) -> int:
+        """Sees metrics.jsonl onto the disk; returns its bytes."""
+        self._metrics.flush()
+        os.fsync(self._metrics.fileno())
+        return os.fstat(self._metrics.fileno()).st_size
 
     def write(self, name: str, content: Any) -> None:
         """Writes a JSON file whole or not at all."""
@@ -86,8 +125,45 @@ class RunFolder:
         self._metrics.flush()
 
     def close(self) -> None:
-        """Closes metrics.jsonl."""
+        """Closes metrics.jsonl, and lets others have the folder; a second time it does nothing."""
         self._metrics.close()
+        if self._lock is not None:
+            self._lock.release()
+
+
+def lock(folder: Path) -> BaseFileLock | None:
+    """Keeps other processes out of a run folder for as long as this one lives.
+
+    Returns:
+        The lock; None where the file system has none.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    found = FileLock(folder / LOCK)
+    try:
+        found.acquire(blocking=False)
+    except Timeout as error:
+        raise ConfigError(
+            Fault("run.name", f"another process is at work in '{folder}'; wait for it, or choose another with --set run.name=…")
+        ) from error
+    except (OSError, NotImplementedError):
+        return None
+    return found
+
+
+def mark_preempted(folder: Path, step: int | None, signal: str | None) -> None:
+    """Leaves the marker by which a script knows that the run wants to be started again; removed when it is.
+
+    Args:
+        folder: of the run.
+        step: that is saved; None where training had not begun.
+        signal: that came to this process; None where it came to another.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{PREEMPTED}.{os.getpid()}"
+    partial.write_text(json.dumps({"step": step, "signal": signal, "time": round(time.time(), 3)}) + "\n", encoding="utf-8")
+    os.replace(partial, folder / PREEMPTED)
 
 
 def without_nan(value: Any) -> Any:
@@ -121,8 +197,8 @@ class RunConsole:
         """Prints a line, a table or anything rich can render."""
         self._console.print(thing)
 
-    def begin(self, total_steps: int) -> None:
-        """Starts the progress of the run."""
+    def begin(self, total_steps: int, done: int = 0) -> None:
+        """Starts the progress of the run, of which `done` steps were made before."""
         self._total_steps = total_steps
         # Even a quiet one would take over stderr.
         if self._console.is_terminal and not self._console.quiet:
@@ -135,7 +211,7 @@ class RunConsole:
                 TextColumn("{task.fields[detail]}"),
                 console=self._console,
             )
-            self._task = self._progress.add_task("training", total=total_steps, detail="")
+            self._task = self._progress.add_task("training", total=total_steps, completed=done, detail="")
             self._progress.start()
 
     def step(self, step: int, stage: int, loss: float, learning_rate: float) -> None:

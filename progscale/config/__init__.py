@@ -1,13 +1,14 @@
 """What a run is: validated sections, layers of JSON, `--set` options and DeepSpeed files. Imports no torch."""
 
 from progscale.config.deepspeed import translate
-from progscale.config.describe import Option, config_hash, describe_schema, micro_batch_size
+from progscale.config.describe import Option, config_hash, decisive_values, describe_schema, micro_batch_size
 from progscale.config.layers import DEMO_DEFAULTS, dump_config, load_config
 from progscale.config.read import format_set, parse_set
-from progscale.config.schema import Config, Engine, Method, Model, Optimizer, Run, Schedule, Section, Task, Train
+from progscale.config.schema import Checkpoint, Config, Engine, Method, Model, Optimizer, Run, Schedule, Section, Task, Train
 
 __all__ = [
     "DEMO_DEFAULTS",
+    "Checkpoint",
     "Config",
     "Engine",
     "Method",
@@ -20,6 +21,7 @@ __all__ = [
     "Task",
     "Train",
     "config_hash",
+    "decisive_values",
     "describe_schema",
     "dump_config",
     "format_set",

@@ -44,6 +44,31 @@ def config_hash(config: Config) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+# What may differ when a run goes on: where things lie, how the work is shared out, and what is written when. Where the
+# data and a local model come from is free too; their content is compared.
+FREE_KEYS = frozenset(
+    {
+        *("description", "run.name", "run.output_dir", "run.threads"),
+        *("model.name", "model.tokenizer"),
+        *("task.path", "task.hub", "task.train_file", "task.validation_file"),
+        *("train.micro_batch_size", "train.gradient_accumulation_steps", "train.max_tokens_per_micro_batch"),
+        *("train.eval_batch_size", "train.gradient_checkpointing", "train.num_workers", "train.logging_steps"),
+        *("train.evaluate", "train.save_model", "train.nonfinite", "train.fused_optimizer"),
+    }
+)
+FREE_SECTIONS = frozenset({"engine", "checkpoint"})
+
+
+def decisive_values(config: Config) -> dict[str, Any]:
+    """Dotted key → value of every option that decides what a run computes, whatever the machine and the world size."""
+    found = {}
+    for name, values in dump_config(config).items():
+        if name in FREE_SECTIONS or not isinstance(values, dict):
+            continue
+        found.update({f"{name}.{key}": value for key, value in values.items() if f"{name}.{key}" not in FREE_KEYS})
+    return found
+
+
 def micro_batch_size(config: Config, world_size: int) -> int:
     """Rows a rank runs at once, at most, when `world_size` ranks share the global batch.
 

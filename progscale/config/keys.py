@@ -10,8 +10,11 @@ from progscale.config.read import KeyPath, Layer, dotted, show
 from progscale.config.schema import SECTIONS, Config
 from progscale.errors import Fault, nearest
 
-# `optimizer` is a section of ours and a block of DeepSpeed's; these keys tell whose it is.
-_DEEPSPEED_OPTIMIZER = frozenset({"type", "params", "legacy_fusion"})
+# Sections of ours that are blocks of DeepSpeed's too; these keys tell that one is DeepSpeed's.
+_DEEPSPEED_BLOCKS = {
+    "optimizer": frozenset({"type", "params", "legacy_fusion"}),
+    "checkpoint": frozenset({"tag_validation", "load_universal", "use_node_local_storage", "parallel_write", "writer"}),
+}
 
 
 def as_sections(layer: Layer, faults: list[Fault]) -> tuple[dict[str, Any], str]:
@@ -42,10 +45,12 @@ def as_sections(layer: Layer, faults: list[Fault]) -> tuple[dict[str, Any], str]
 
 
 def _owner(key: str, value: Any) -> str | None:
-    if key == "optimizer":
-        if not isinstance(value, dict) or not value:
-            return None
-        return "deepspeed" if _DEEPSPEED_OPTIMIZER & set(value) else "progscale"
+    if key in _DEEPSPEED_BLOCKS:
+        given = set(value) if isinstance(value, dict) else set()
+        if _DEEPSPEED_BLOCKS[key] & given:
+            return "deepspeed"
+        # Without a key that tells, it is whose the rest of the layer is.
+        return "progscale" if given & set(SECTIONS[key].model_fields) else None
     if key in Config.model_fields:
         return "progscale"
     return "deepspeed" if key in TOP_LEVEL_KEYS else None

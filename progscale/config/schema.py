@@ -214,6 +214,25 @@ class Engine(Section):
     timeout_seconds: Count = Field(default=600, description="give up when a rank is silent for so long")
 
 
+class Checkpoint(Section):
+    """When the state of the run is saved, so that it can go on after whatever stops it."""
+
+    every_steps: Count | None = Field(default=None, description="save after every so many optimizer steps; null: not by steps")
+    at_epochs: bool = Field(default=True, description="save at the end of each epoch")
+    at_stages: bool = Field(default=True, description="save at the end of each stage")
+    keep: Annotated[int, Field(ge=2, le=10**6)] = Field(default=2, description="newest checkpoints kept, older ones are deleted")
+    background: bool = Field(
+        default=False,
+        description="copy the state and write it while training goes on; needs memory for one copy of a rank's part",
+    )
+    shard_megabytes: Annotated[int, Field(ge=1, le=100_000)] = Field(
+        default=256, description="size of a file at most; also the memory that a save needs beside the state"
+    )
+    on_error: Literal["stop", "warn"] = Field(
+        default="stop", description="when a checkpoint cannot be written (disk full): end the run, or say so and go on"
+    )
+
+
 class Config(Section):
     """A whole run. `load_config` builds it; by hand, `Config(train=Train(epochs=2))` takes every other default."""
 
@@ -226,6 +245,7 @@ class Config(Section):
     optimizer: Optimizer = Field(default_factory=Optimizer)
     train: Train = Field(default_factory=Train)
     engine: Engine = Field(default_factory=Engine)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
 
     @property
     def run_name(self) -> str:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import xxhash
 
 from progscale.engine import ranks
-from progscale.engine.state import Shard, match_shards, move_shard, redistribute
+from progscale.engine.state import MASTER, Shard, Slice, deal, match_shards, move_shard, redistribute, slices_of
 from progscale.optim import AdamW, StageBuild
 
 T = TypeVar("T")
@@ -86,6 +86,7 @@ class StepResult:
         applied: False when the update was left out.
         fault: "loss" or "gradient" when it was not finite on some rank; None when the loss scale of fp16 skipped the step.
         ranks: the ranks where the fault was seen; none when the wrapped optimizer alone saw one.
+        notices: what each rank passed to the step as its notice.
     """
 
     loss: float
@@ -93,6 +94,7 @@ class StepResult:
     applied: bool
     fault: Literal["loss", "gradient"] | None = None
     ranks: tuple[int, ...] = ()
+    notices: tuple[int, ...] = ()
 
 
 class Engine(ABC):
@@ -151,7 +153,7 @@ class Engine(ABC):
             return Switch(False, time.perf_counter() - start, "none")
         first = self.build is None
         old = [] if first else self.shards()
-        scale = None if first else self._scaler_state()
+        scale = None if first else self.scaler_state()
         if not first:
             self._release()
         self._set_trainable(build)
@@ -159,7 +161,7 @@ class Engine(ABC):
         self._build(build)
         carried = self._carry(old)
         if scale is not None:
-            self._load_scaler_state(scale)
+            self.load_scaler_state(scale)
         return Switch(True, time.perf_counter() - start, carried)
 
     def _forget_prepared(self) -> None:
@@ -190,7 +192,12 @@ class Engine(ABC):
     # -- a step ---------------------------------------------------------------------------------------------------
 
     def train_step(
-        self, micro_batches: Sequence[MicroBatch], rows: int, loss_function: LossFunction, learning_rate: float
+        self,
+        micro_batches: Sequence[MicroBatch],
+        rows: int,
+        loss_function: LossFunction,
+        learning_rate: float,
+        notice: Callable[[], int] = lambda: 0,
     ) -> StepResult:
         """One optimizer step on one global batch. A collective.
 
@@ -202,6 +209,7 @@ class Engine(ABC):
             rows: of the global batch.
             loss_function: gives the loss of each row, float32, shape `(rows,)`.
             learning_rate: for this step.
+            notice: a small number that this rank tells all others with the step's loss; asked for as late as possible.
         """
         total = torch.zeros((), device=self.device)
         for index, micro in enumerate(micro_batches):
@@ -212,23 +220,27 @@ class Engine(ABC):
                 # Every engine averages over its ranks; the sum is wanted.
                 self._backward(loss * self.world_size, last)
             total += loss.detach()
-        return self._finish_step(total, learning_rate)
+        return self._finish_step(total, learning_rate, notice)
 
-    def _finish_step(self, total: torch.Tensor, learning_rate: float) -> StepResult:
+    def _finish_step(self, total: torch.Tensor, learning_rate: float, notice: Callable[[], int]) -> StepResult:
         squared = self._gradient_norm_squared()
-        report = torch.stack([total.double(), squared.double()]).to("cpu")
+        numbers = torch.stack([total.double(), squared.double()]).to("cpu")
+        report = torch.cat([numbers, torch.tensor([notice()], dtype=torch.float64)])
         reports = self._gather_numbers(report)
         loss = float(reports[:, 0].sum())
         grad_norm = float(self._combine_squared(reports[:, 1]).sqrt())
+        notices = tuple(int(value) for value in reports[:, 2])
         bad_loss = [rank for rank, value in enumerate(reports[:, 0]) if not torch.isfinite(value)]
+        fault: Literal["loss", "gradient"] | None
         bad_gradient = [rank for rank, value in enumerate(reports[:, 1]) if not torch.isfinite(value)]
         if bad_loss or (bad_gradient and not self._scale_can_fall()):
             self._discard()
-            fault: Literal["loss", "gradient"] = "loss" if bad_loss else "gradient"
-            return StepResult(loss, grad_norm, False, fault, tuple(bad_loss or bad_gradient))
+            fault = "loss" if bad_loss else "gradient"
+            return StepResult(loss, grad_norm, False, fault, tuple(bad_loss or bad_gradient), notices)
         applied = self._apply(learning_rate, grad_norm)
         # Nothing but the loss scale may leave out a step whose gradient is finite.
-        return StepResult(loss, grad_norm, applied, None if applied or self.scales_loss else "gradient")
+        fault = None if applied or self.scales_loss else "gradient"
+        return StepResult(loss, grad_norm, applied, fault, notices=notices)
 
     def forward(self, inputs: Mapping[str, torch.Tensor]) -> Any:
         """The model's outputs for one micro-batch, in the engine's precision."""
@@ -271,6 +283,29 @@ class Engine(ABC):
     def full_parameters(self, names: Sequence[str] | None = None) -> Iterator[tuple[str, torch.Tensor | None]]:
         """Whole parameters one by one, on the CPU of the main process, None elsewhere. A collective under ZeRO-3."""
 
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def own_slices(self) -> Iterator[Slice]:
+        """What this rank stores: views of its optimizer's shards, and of the frozen parameters that it holds.
+
+        Over all ranks every element of every parameter comes once; what several ranks hold is shared out among them.
+        """
+        assert self.build is not None
+        live, frozen = list(slices_of(self.shards())), [name for name in self.parameters if name not in self.build.live]
+        held = [
+            Slice(name, start, start + flat.numel(), {MASTER: flat}, {}) for name in frozen for start, flat in [self.held(name)]
+        ]
+        yield from live if self.partitions_state else deal(live, self.rank, self.world_size)
+        yield from held if self.partitions_parameters else deal(held, self.rank, self.world_size)
+
+    def held(self, name: str) -> tuple[int, torch.Tensor]:
+        """What this rank holds of a parameter: the first element, and a flat view of the rest of its range."""
+        return 0, self.parameters[name].detach().view(-1)
+
+    def numel(self, name: str) -> int:
+        """Elements of a whole parameter, also where this rank holds only a part of it."""
+        return self.parameters[name].numel()
+
     # -- talk between ranks ---------------------------------------------------------------------------------------
 
     def gather_objects(self, thing: Any) -> list[Any]:
@@ -284,6 +319,10 @@ class Engine(ABC):
     def all_true(self, flag: bool) -> bool:
         """Whether the flag is set on every rank. A collective."""
         return all(self.gather_objects(flag))
+
+    def any_true(self, flag: bool) -> bool:
+        """Whether the flag is set on some rank; cheaper than `all_true`. A collective."""
+        return bool(self._gather_numbers(torch.tensor([float(flag)])).any())
 
     def barrier(self) -> None:
         """Waits for all ranks."""
@@ -305,6 +344,7 @@ class Engine(ABC):
 
     scales_loss: bool = False
     partitions_state: bool = False
+    partitions_parameters: bool = False
 
     @abstractmethod
     def _wrapped(self) -> Callable[..., Any]:
@@ -356,10 +396,12 @@ class Engine(ABC):
         """Whether a gradient that is not finite may be the loss scale's doing, which then falls and the step is left out."""
         return False
 
-    def _scaler_state(self) -> dict[str, Any] | None:
+    def scaler_state(self) -> dict[str, Any] | None:
+        """The loss scale and what decides when it changes, as JSON values; None where no loss is scaled."""
         return None
 
-    def _load_scaler_state(self, state: dict[str, Any]) -> None:
+    def load_scaler_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on from the loss scale of another engine of the same kind; of another kind the scale alone is taken."""
         raise NotImplementedError(f"{self.name} scales no loss")
 
     def close(self) -> None:

@@ -47,6 +47,7 @@ class DeepSpeedEngine(Engine):
         self.deepspeed = dict(deepspeed)
         zero = self.deepspeed["zero_optimization"]
         self.zero_stage = int(zero["stage"])
+        self.partitions_parameters = self.zero_stage == 3
         self.offloads = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
         self.name = f"zero{self.zero_stage}" + ("-offload" if self.offloads else "")
         self.scales_loss = settings.precision == "fp16"
@@ -244,6 +245,20 @@ class DeepSpeedEngine(Engine):
     def _local_tensor(self, name: str) -> torch.Tensor:
         return self._held(name).detach()
 
+    def held(self, name: str) -> tuple[int, torch.Tensor]:
+        """This rank's partition, without its padding, or the whole parameter where it is not partitioned."""
+        parameter: Any = self.parameters[name]
+        flat = self._held(name).detach().view(-1)
+        if not hasattr(parameter, "ds_tensor"):
+            return 0, flat
+        start = self.rank * flat.numel()
+        return start, flat[: max(0, int(parameter.ds_numel) - start)]
+
+    def numel(self, name: str) -> int:
+        """Elements of the whole parameter."""
+        parameter = self.parameters[name]
+        return int(getattr(parameter, "ds_numel", parameter.numel()))
+
     def digests(self, names: Sequence[str]) -> dict[str, str]:
         """A hash of this rank's bits; under ZeRO-3 it also tells when a copy that stays gathered differs from its partition."""
         found = super().digests(names)
@@ -277,14 +292,19 @@ class DeepSpeedEngine(Engine):
         scaler = self._zero().loss_scaler
         return bool(scaler.dynamic) and scaler.cur_scale > scaler.min_scale
 
-    def _scaler_state(self) -> dict[str, Any] | None:
+    def scaler_state(self) -> dict[str, Any] | None:
+        """What DeepSpeed's scaler holds, under its own names."""
         if not self.scales_loss:
             return None
         scaler = self._zero().loss_scaler
-        return {key: value for key, value in vars(scaler).items() if isinstance(value, int | float | bool)}
+        return {"loss_scale": float(scaler.cur_scale), "deepspeed": {k: v for k, v in vars(scaler).items() if _is_number(v)}}
 
-    def _load_scaler_state(self, state: dict[str, Any]) -> None:
-        vars(self._zero().loss_scaler).update(state)
+    def load_scaler_state(self, state: Mapping[str, Any]) -> None:
+        """All of it from a DeepSpeed engine, else the scale alone."""
+        scaler = self._zero().loss_scaler
+        if scaler.dynamic:
+            scaler.cur_scale = state["loss_scale"]
+            vars(scaler).update(state.get("deepspeed", {}))
 
 
 def leave_flat_buffer(held: torch.Tensor) -> None:
@@ -326,6 +346,10 @@ def check_release(release: str, zero_stage: int, *, on_cpu: bool, checkpointing:
         raise UserError(
             f"engine.deepspeed: DeepSpeed {release} {why}; upgrade to {needed} or later (pip install 'deepspeed>={needed}')"
         )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
 
 
 def _offsets(zero: Any, group: int, parameters: Sequence[torch.Tensor]) -> list[int]:

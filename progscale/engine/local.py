@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -84,6 +84,17 @@ class LocalEngine(Engine):
 
     def _scale_can_fall(self) -> bool:
         return self._scaler is not None and self._scaler.get_scale() > 1.0
+
+    def scaler_state(self) -> dict[str, Any] | None:
+        """Torch's own state of the scaler."""
+        if self._scaler is None:
+            return None
+        return {"loss_scale": self._scaler.get_scale(), "torch": self._scaler.state_dict()}
+
+    def load_scaler_state(self, state: Mapping[str, Any]) -> None:
+        """All of it from torch's scaler, else the scale alone."""
+        assert self._scaler is not None
+        self._scaler.load_state_dict(state.get("torch") or {**self._scaler.state_dict(), "scale": state["loss_scale"]})
 
     def shards(self) -> list[Shard]:
         """One shard for each parameter; the optimizer steps the parameters themselves."""

@@ -19,14 +19,24 @@ def is_distributed() -> bool:
 
 def is_main() -> bool:
     """Whether this is rank 0."""
-    return not is_distributed() or dist.get_rank() == 0
+    return rank() == 0
+
+
+def rank() -> int:
+    """Of this process."""
+    return dist.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    """Processes of the group."""
+    return dist.get_world_size() if is_distributed() else 1
 
 
 def gather_objects(thing: Any) -> list[Any]:
     """`thing` of every rank, in the order of ranks. A collective."""
     if not is_distributed():
         return [thing]
-    gathered: list[Any] = [None] * dist.get_world_size()
+    gathered: list[Any] = [None] * world_size()
     dist.all_gather_object(gathered, thing)
     return gathered
 

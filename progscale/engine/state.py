@@ -135,6 +135,19 @@ def slices_of(shards: Sequence[Shard]) -> Iterator[Slice]:
             yield Slice(piece.name, piece.start, piece.end, {key: value[span] for key, value in flat.items()}, scalars)
 
 
+def deal(parts: Sequence[Slice], rank: int, world_size: int) -> Iterator[Slice]:
+    """The share of a rank in slices that all ranks hold: equally many elements for each, cut where a share ends."""
+    total, done = sum(part.end - part.start for part in parts), 0
+    first, last = total * rank // world_size, total * (rank + 1) // world_size
+    for part in parts:
+        size = part.end - part.start
+        begin, end = max(first - done, 0), min(last - done, size)
+        if begin < end:
+            tensors = {key: value[begin:end] for key, value in part.tensors.items()}
+            yield Slice(part.name, part.start + begin, part.start + end, tensors, part.scalars)
+        done += size
+
+
 def write_slice(shards: Sequence[Shard], part: Slice) -> int:
     """Copies `part` into whatever it overlaps of `shards`; returns the number of elements written."""
     written = 0

@@ -36,7 +36,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_run_folder(alone: Path) -> None:
-    assert {path.name for path in alone.iterdir()} == {"config.json", "plan.json", "metrics.jsonl", "summary.json", "model"}
+    files = {"config.json", "plan.json", "metrics.jsonl", "summary.json", "model", "checkpoints", ".lock"}
+    assert {path.name for path in alone.iterdir()} == files
     summary = summary_of(alone)
     assert summary.keys() >= SUMMARY_KEYS
     assert (summary["world_size"], summary["engine"], summary["steps"]) == (1, "plain", 6)

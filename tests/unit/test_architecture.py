@@ -14,14 +14,15 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "progscale"
 # From what stands alone to what holds all together; each may import those before it.
 ORDER = [
-    *("errors", "registry", "config", "schedule", "names"),
+    *("errors", "numbers", "registry", "config", "schedule", "names"),
     *("blocks", "models", "methods", "plan", "paper"),
     *("learning_rate", "optim", "engine"),
     *("tasks", "data"),
+    *("checkpoint", "resume", "signals", "watch"),
     *("meters", "trackers", "export"),
-    *("session", "setup", "loop", "cli", "__main__"),
+    *("session", "setup", "loop", "run", "doctor", "cli", "__main__"),
 ]
-WITHOUT_TORCH = ("errors", "registry", "config", "schedule", "names", "learning_rate", "cli")
+WITHOUT_TORCH = ("errors", "numbers", "registry", "config", "schedule", "names", "learning_rate", "cli")
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 

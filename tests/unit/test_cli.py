@@ -15,9 +15,10 @@ from types import SimpleNamespace
 import pytest
 
 from progscale.cli import build_parser, main, run_train
-from progscale.config import load_config
+from progscale.config import Config, load_config
 from progscale.schedule import SCHEDULES
 from progscale.session import Session
+from progscale.signals import Signals
 from tests.harness.programs import REPOSITORY, Answer, in_process
 
 Command = Callable[..., Answer]
@@ -236,8 +237,8 @@ def test_a_run_that_crashes_lets_go_of_stderr_and_waits_for_nobody(monkeypatch: 
 
     class Broken(Session):
         def __init__(self) -> None:
-            engine, console = SimpleNamespace(world_size=world_size), SimpleNamespace(end=lambda: done.append("console"))
-            vars(self).update(engine=engine, console=console)
+            engine, console = SimpleNamespace(rank=0, world_size=world_size), SimpleNamespace(end=lambda: done.append("console"))
+            vars(self).update(engine=engine, console=console, signals=Signals(), config=Config())
 
         def close(self) -> None:
             done.append("session")
@@ -245,8 +246,9 @@ def test_a_run_that_crashes_lets_go_of_stderr_and_waits_for_nobody(monkeypatch: 
     def crash(session: Session) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("progscale.setup.prepare", lambda *_, **__: Broken())
-    monkeypatch.setattr("progscale.loop.train", crash)
+    monkeypatch.setattr("progscale.run.prepare", lambda *_, **__: Broken())
+    monkeypatch.setattr("progscale.run.train", crash)
+    monkeypatch.setattr("progscale.watch._connect", lambda _: None)
     with pytest.raises(RuntimeError, match="out of memory"):
         run_train(build_parser().parse_args(["train"]))
     assert done == (["console", "session"] if world_size == 1 else ["console"])

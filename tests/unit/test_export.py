@@ -56,7 +56,9 @@ def test_a_better_model_takes_the_place_of_the_old(tmp_path: Path) -> None:
         engine.parameters["classifier.bias"].fill_(7.0)
     export_model(engine, None, tmp_path / "model")
     assert load_file(tmp_path / "model" / "model.safetensors")["classifier.bias"].eq(7.0).all()
-    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
+        *("config.json", "model.safetensors", "progscale.json")
+    ]
     assert not (tmp_path / "model.partial").exists()
 
 

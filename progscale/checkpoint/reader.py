@@ -1,0 +1,163 @@
+"""A checkpoint that lies in a folder: is it whole, what does it say, and its tensors into a model and an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from progscale.checkpoint.manifest import STATE, Manifest, check_hash, check_sizes, parse_json, read_manifest, read_small
+from progscale.checkpoint.shards import WEIGHT, Stored, index_shard, open_shard
+from progscale.engine import ranks
+from progscale.engine.base import Engine
+from progscale.engine.state import write_slice
+from progscale.errors import RejectedError
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose manifest and state were read and hashed; `verify` does the rest.
+
+    Attributes:
+        state: the content of state.json.
+    """
+
+    path: Path
+    manifest: Manifest
+    state: Mapping[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.manifest.step
+
+    @property
+    def bytes(self) -> int:
+        """Of all files."""
+        return sum(info.bytes for info in self.manifest.files.values())
+
+    @property
+    def shard_names(self) -> list[str]:
+        """The safetensors files."""
+        return [name for name in self.manifest.files if name != STATE]
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Reads manifest and state, and checks that every file is there with the right size; no tensor is read.
+
+    Raises:
+        RejectedError: something is missing or damaged, with the file's name.
+    """
+    manifest = read_manifest(path)
+    check_sizes(path, manifest)
+    check_hash(path, STATE, manifest.files[STATE])
+    state = parse_json(path, STATE, read_small(path, STATE))
+    if not isinstance(state, dict) or state.get("step") != manifest.step or not isinstance(state.get("parameters"), dict):
+        raise RejectedError(path, f"{STATE} does not belong to its manifest")
+    return Checkpoint(path, manifest, state)
+
+
+def verify(checkpoint: Checkpoint, share: Sequence[str] | None = None) -> None:
+    """Hashes the files and checks that their ranges make up every parameter exactly once.
+
+    Args:
+        checkpoint: opened.
+        share: hash these files only (a rank's share); the ranges are always checked.
+
+    Raises:
+        RejectedError: naming the file or the parameter.
+    """
+    for name in checkpoint.shard_names if share is None else share:
+        check_hash(checkpoint.path, name, checkpoint.manifest.files[name])
+    check_cover(checkpoint, index(checkpoint))
+
+
+def verify_together(path: Path) -> Checkpoint:
+    """Opens and verifies a checkpoint, the files shared among the ranks. A collective.
+
+    Raises:
+        RejectedError: on all ranks, when any of them found something.
+    """
+    checkpoint: Checkpoint | None = None
+    failure: RejectedError | None = None
+    try:
+        checkpoint = open_checkpoint(path)
+        verify(checkpoint, checkpoint.shard_names[ranks.rank() :: ranks.world_size()])
+    except RejectedError as error:
+        failure = error
+    found = [error for error in ranks.gather_objects(failure) if error is not None]
+    if found:
+        raise found[0]
+    assert checkpoint is not None
+    return checkpoint
+
+
+def index(checkpoint: Checkpoint) -> list[Stored]:
+    """All stored ranges, from the headers of the files.
+
+    Raises:
+        RejectedError: a header is damaged.
+    """
+    return [stored for name in checkpoint.shard_names for stored in index_shard(checkpoint.path, name)]
+
+
+def check_cover(checkpoint: Checkpoint, stored: Iterable[Stored]) -> None:
+    """Refuses a checkpoint that has an element of a parameter twice or not at all, or optimizer state for a part of one.
+
+    Raises:
+        RejectedError: naming the parameter.
+    """
+    ranges: dict[str, dict[str, list[tuple[int, int]]]] = {}
+    scalars: dict[str, Mapping[str, float]] = {}
+    for part in stored:
+        for kind in part.keys:
+            ranges.setdefault(part.name, {}).setdefault(kind, []).append((part.start, part.end))
+        if scalars.setdefault(part.name, part.scalars) != part.scalars:
+            raise RejectedError(checkpoint.path, f"{part.name} has several step counts")
+    wanted: Mapping[str, Any] = checkpoint.state["parameters"]
+    for name in (*wanted, *(name for name in ranges if name not in wanted)):
+        numel, kinds = wanted.get(name), ranges.get(name, {})
+        if not isinstance(numel, int) or WEIGHT not in kinds:
+            raise RejectedError(checkpoint.path, f"{name} is {'missing' if name in wanted else 'no parameter of its model'}")
+        for kind, found in kinds.items():
+            end = 0
+            for start, stop in sorted(found):
+                if start != end:
+                    break
+                end = stop
+            if end != numel:
+                raise RejectedError(checkpoint.path, f"{kind} of {name} has not each of its {numel} elements once")
+
+
+def load_weights(checkpoint: Checkpoint, engine: Engine) -> None:
+    """Gives the model on this rank the stored weights, cast to its own dtype; to be called before the first stage begins."""
+    for file, part in _walk(checkpoint):
+        start, held = engine.held(part.name)
+        first, last = max(start, part.start), min(start + held.numel(), part.end)
+        if first < last:
+            piece = part.cut(file, first, last, [WEIGHT])
+            held[first - start : last - start].copy_(next(iter(piece.tensors.values())))
+
+
+def load_optimizer(checkpoint: Checkpoint, engine: Engine) -> None:
+    """Gives the optimizer of the engine's stage the stored masters, moments and step counts, on this rank.
+
+    What froze in this stage is left aside, and what thawed in it has no state: just as at a switch.
+    """
+    shards = engine.shards()
+    places = [(piece.name, piece.start, piece.end, shard) for shard in shards for piece in shard.pieces]
+    for file, part in _walk(checkpoint):
+        for name, start, end, shard in places:
+            first, last = max(start, part.start), min(end, part.end)
+            if name == part.name and first < last:
+                write_slice([shard], part.cut(file, first, last))
+
+
+def _walk(checkpoint: Checkpoint) -> Iterator[tuple[Any, Stored]]:
+    """Every stored range with its open file; one file is open at a time."""
+    for name in checkpoint.shard_names:
+        stored = index_shard(checkpoint.path, name)
+        with open_shard(checkpoint.path / name) as file:
+            for part in stored:
+                yield file, part

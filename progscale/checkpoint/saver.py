@@ -1,0 +1,241 @@
+"""Saving, as the loop sees it: all ranks write their own parts, vote, and rank 0 publishes; in place or in the background."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from progscale.checkpoint import shards
+from progscale.checkpoint.manifest import FileInfo
+from progscale.checkpoint.store import Store
+from progscale.engine.base import Engine
+from progscale.engine.state import Slice
+from progscale.errors import CheckpointError
+
+# Room for any dtype to begin at.
+ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A published checkpoint.
+
+    Attributes:
+        path: of its folder.
+        step: optimizer steps done.
+        bytes: of all files of all ranks.
+        blocked_seconds: for which training stood still on this rank.
+        seconds: from the beginning to the publication.
+    """
+
+    path: Path
+    step: int
+    bytes: int
+    blocked_seconds: float
+    seconds: float
+
+
+@dataclass
+class _Part:
+    """What one rank wrote."""
+
+    files: dict[str, FileInfo] = field(default_factory=dict)
+    bytes: int = 0
+    failure: str | None = None
+
+
+@dataclass
+class _Pending:
+    """A checkpoint on its way."""
+
+    staged: Path
+    step: int
+    state: Mapping[str, Any]
+    started: float
+    part: _Part = field(default_factory=_Part)
+    thread: threading.Thread | None = None
+    blocked: float = 0.0
+
+
+class Saver:
+    """Writes checkpoints of an engine. Its methods are collectives, unless they say otherwise.
+
+    Args:
+        engine: whose state is written.
+        store: where to.
+        shard_bytes: size of a file at most.
+        background: copy the state and write it in a thread.
+        sign: called between files: the rank is alive.
+    """
+
+    def __init__(
+        self, engine: Engine, store: Store, *, shard_bytes: int, background: bool = False, sign: Callable[[], None] = lambda: None
+    ) -> None:
+        self._engine = engine
+        self._store = store
+        self._shard_bytes = shard_bytes
+        self._background = background
+        self._sign = sign
+        self._pending: _Pending | None = None
+        self._copy = torch.empty(0, dtype=torch.uint8)
+        self._reserving: threading.Thread | None = None
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank's part of a background save is on the disk, and waits to be published. No collective."""
+        return self._pending is not None and self._pending.thread is not None and not self._pending.thread.is_alive()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is on its way. No collective."""
+        return self._pending is not None
+
+    def save(self, step: int, state: Mapping[str, Any], *, wait: bool = False) -> Saved | None:
+        """Saves the engine's state after `step` optimizer steps.
+
+        Args:
+            step: optimizer steps done.
+            state: for state.json; rank 0's is taken.
+            wait: do not leave the writing to the background.
+
+        Returns:
+            What was published; None when the background still writes.
+
+        Raises:
+            CheckpointError: on all ranks, when one of them could not write. Earlier checkpoints are untouched.
+        """
+        assert self._pending is None, "the save before this one was not finished"
+        started = time.perf_counter()
+        try:
+            staged = self._engine.on_main(lambda: self._store.begin(step))
+        except Exception as error:  # rank 0's own on rank 0, and what it said of it elsewhere
+            raise self._failed(str(error), needed=0) from error
+        pending = _Pending(staged, step, state, started)
+        self._pending = pending
+        slices = self._engine.own_slices()
+        if self._background and not wait:
+            copied = self._copied(list(slices))
+            pending.thread = threading.Thread(target=self._write, args=(pending, copied), name="checkpoint", daemon=True)
+            pending.thread.start()
+            pending.blocked = time.perf_counter() - started
+            return None
+        self._write(pending, slices)
+        return self.finish()
+
+    def finish(self) -> Saved | None:
+        """Waits until every rank has written its part, and publishes.
+
+        Raises:
+            CheckpointError: on all ranks, when one of them could not write.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return None
+        begin = time.perf_counter()
+        if pending.thread is not None:
+            while pending.thread.is_alive():
+                pending.thread.join(1.0)
+                self._sign()
+        parts: list[_Part] = self._engine.gather_objects(pending.part)
+        failures = [f"rank {rank}: {part.failure}" for rank, part in enumerate(parts) if part.failure]
+        needed = sum(part.bytes for part in parts)
+        path: Path | None = None
+        if not failures:
+            files = {name: info for part in parts for name, info in part.files.items()}
+            try:
+                path = self._engine.on_main(lambda: self._store.publish(pending.staged, pending.step, pending.state, files))
+            except Exception as error:
+                failures = [str(error)]
+        if failures:
+            self._engine.on_main(lambda: self._store.discard(pending.staged))
+            raise self._failed("; ".join(failures), needed)
+        assert path is not None
+        now = time.perf_counter()
+        size = sum(info.bytes for part in parts for info in part.files.values())
+        blocked = pending.blocked + now - begin if pending.thread is not None else now - pending.started
+        return Saved(path, pending.step, size, blocked, now - pending.started)
+
+    def _write(self, pending: _Pending, slices: Iterable[Slice]) -> None:
+        """Writes this rank's files; what goes wrong is told at the vote. No collective."""
+        part, rank = pending.part, self._engine.rank
+        try:
+            for number, shard in enumerate(shards.shards_of(slices, self._shard_bytes)):
+                name = f"rank{rank:05d}-{number:05d}.safetensors"
+                part.bytes += shard.bytes
+                part.files[name] = shards.write_shard(pending.staged / name, shard.tensors, shard.metadata())
+                self._sign()
+        except Exception as error:
+            # Any error must reach the vote: the other ranks wait there.
+            part.failure = f"{type(error).__name__}: {error}" if not isinstance(error, OSError) else str(error)
+
+    def _copied(self, slices: list[Slice]) -> Iterator[Slice]:
+        """The slices with copies of their tensors, all in one buffer that stays for the next save."""
+        if self._reserving is not None:
+            self._reserving.join()
+            self._reserving = None
+        needed = _room(slices)
+        if needed > self._copy.numel():
+            self._copy = _buffer(needed, self._engine.device)
+        offset, copies = 0, []
+        for part in slices:
+            tensors = {}
+            for kind, tensor in part.tensors.items():
+                size = tensor.numel() * tensor.element_size()
+                tensors[kind] = self._copy[offset : offset + size].view(tensor.dtype)
+                tensors[kind].copy_(tensor.detach().view(-1), non_blocking=True)
+                offset += _aligned(size)
+            copies.append(Slice(part.name, part.start, part.end, tensors, part.scalars))
+        if self._engine.device.type == "cuda":
+            torch.cuda.synchronize(self._engine.device)
+        return iter(copies)
+
+    def reserve(self) -> None:
+        """Has the buffer of background saves made ready while training goes on, so that the first copy costs no page faults.
+
+        No collective.
+        """
+        if not self._background:
+            return
+        needed = _room(self._engine.own_slices())
+        # Moments come with the first step: room for two beside the weights of what is live.
+        live = sum(shard.tensor.numel() * 4 + 2 * ALIGNMENT * len(shard.pieces) for shard in self._engine.shards())
+        size = needed + 2 * live
+
+        if size <= self._copy.numel():
+            return
+
+        def fill() -> None:
+            self._copy = _buffer(size, self._engine.device).zero_()
+
+        self._reserving = threading.Thread(target=fill, name="checkpoint buffer", daemon=True)
+        self._reserving.start()
+
+    def _failed(self, what: str, needed: int) -> CheckpointError:
+        root = self._store.root
+        existing = next(folder for folder in (root, *root.parents) if folder.exists())
+        free = shutil.disk_usage(existing).free
+        return CheckpointError(
+            f"a checkpoint could not be written to {root}: {what}. It needs {needed} bytes, {free} are free there; "
+            "the checkpoints before it are untouched. Make room, or choose another run.output_dir; with "
+            "--set checkpoint.on_error=warn a run trains on without"
+        )
+
+
+def _room(slices: Iterable[Slice]) -> int:
+    """Bytes that copies of the slices' tensors take in one buffer."""
+    return sum(_aligned(tensor.numel() * tensor.element_size()) for part in slices for tensor in part.tensors.values())
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _buffer(size: int, device: torch.device) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")

@@ -1,0 +1,411 @@
+"""What this machine and a config will do, before a run is started: no process group, no weights, nothing left on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import resource
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from progscale import __version__
+from progscale.config import Config, micro_batch_size
+from progscale.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+Status = Literal["ok", "note", "problem"]
+# Each has a line of its own; of the other requirements only those that are not met have one.
+SHOWN = ("python", "torch", "accelerate", "deepspeed", "transformers", "datasets", "safetensors")
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+FILE_SYSTEMS = {"tmpfs": "lost at reboot", "overlay": "lost with its container"}
+FILE_SYSTEMS |= dict.fromkeys(("nfs", "nfs4", "lustre", "cifs", "ceph", "beegfs", "gpfs"), "a save goes over the network")
+SIGNALS = "export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+TIMEOUT = "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600"
+
+
+class Check(NamedTuple):
+    """One thing that was looked at; `name` is "section: what", and every problem has a remedy."""
+
+    name: str
+    status: Status
+    found: str
+    remedy: str = ""
+
+
+class Gpu(NamedTuple):
+    """A GPU that torch sees; sizes in bytes, `major` and `minor` are its compute capability."""
+
+    name: str
+    total: int
+    free: int
+    major: int
+    minor: int
+
+
+class Ranks(NamedTuple):
+    """Processes of the run and of this machine, and this one's rank; None where no launcher gave it one."""
+
+    world_size: int = 1
+    local: int = 1
+    rank: int | None = None
+
+
+def examine(config: Config, *, trust_remote_code: bool = False) -> list[Check]:
+    """All checks of this machine for a config, in order. Reads the data, as a dry run does."""
+    try:
+        needed = [f"python{metadata('progscale')['Requires-Python'] or ''}", *(requires("progscale") or [])]
+    except PackageNotFoundError:  # a checkout that nobody installed
+        needed = []
+    checks = version_checks(needed, sys.version.split()[0])
+    try:
+        import torch
+        from huggingface_hub.constants import HF_HOME, HF_HUB_OFFLINE
+
+        from progscale.setup import Permissions
+        from progscale.tasks.cache import cache_dir
+    except (ImportError, OSError) as error:
+        return [*checks, Check("versions: imports", "problem", f"{error}; nothing more can be told", "pip install -e .")]
+    gpus = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        gpu = torch.cuda.get_device_properties(index)
+        free = 0
+        with contextlib.suppress(RuntimeError):  # nobody else comes onto a GPU that is full, or another's alone
+            free = torch.cuda.mem_get_info(index)[0]
+        gpus.append(Gpu(gpu.name, gpu.total_memory, free, gpu.major, gpu.minor))
+    memory = memory_of(read("/proc/meminfo"), Path("/sys/fs/cgroup"), read("/proc/self/cgroup"))
+    checks += machine_checks(config, read("/proc/cpuinfo"), memory, disk_bytes("/dev/shm")[0])
+    checks += gpu_checks(config, gpus, torch.version.cuda, os.path.exists("/proc/driver/nvidia/version"))
+    check, ranks = ranks_of(os.environ, len(gpus), config.engine.name)
+    checks += [check, *run_checks(config, ranks, on_gpu=bool(gpus))]
+    check, total, live = model_check(config, Permissions(trust_remote_code=trust_remote_code))
+    checks += [check, *(memory_checks(config, total, live, ranks, gpus, memory[1]) if total else [])]
+    folder, limit = existing(config.run.output_dir), resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    checks += disk_checks(config, total, live, folder, disk_bytes(folder)[1], read("/proc/mounts"), limit)
+    checks += [*network_checks(os.environ, ranks), signal_check(os.environ, ranks)]
+    for what, where in (("PROGSCALE_CACHE", cache_dir()), ("HF_HOME", HF_HOME)):
+        # Without it a run warns and goes on.
+        checks.append(writable(f"cache: {what}", existing(where), f"set {what} to a folder of yours", "note"))
+    found = "set: what is not in the cache is not fetched" if HF_HUB_OFFLINE else "not set"
+    return [*checks, Check("cache: HF_HUB_OFFLINE", "note" if HF_HUB_OFFLINE else "ok", found)]
+
+
+def told(name: str, found: str, check: Callable[..., Any], *args: Any, remedy: str = "", status: Status = "problem") -> Check:
+    """`found`, perhaps "THING is {}" to be filled by what `check` returns; if it refuses, its message, with `status`."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # JSON goes there
+            return Check(name, "ok", found.replace("{}", str(check(*args))))
+    except (UserError, OSError, ImportError, ValueError, OverflowError) as error:
+        thing, filled, _ = found.partition(" is {}")
+        reason = f"{thing}: {error.strerror}" if filled and isinstance(error, OSError) else str(error)
+        message, _, own = reason.partition("; ")
+        return Check(name, status, message, remedy or own or "change what it names")
+
+
+def version_checks(needed: Sequence[str], python: str, find: Callable[[str], str] = version) -> list[Check]:
+    """Versions against requirements ("torch>=2.10"); `find` gives a package's, or raises PackageNotFoundError."""
+    from packaging.requirements import Requirement
+
+    own = __version__ if needed else f"{__version__}, not installed: what it needs is not known"
+    checks = [Check("versions: progscale", "ok" if needed else "note", own, "" if needed else "pip install -e .")]
+    for requirement in map(Requirement, needed):
+        name = requirement.name
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            found = python if name == "python" else find(name)
+            fits = requirement.specifier.contains(found, prereleases=True)
+        except PackageNotFoundError:
+            found, fits = "missing", False
+        if not fits:
+            remedy = "start it with another python" if name == "python" else f"pip install '{requirement}'"
+            checks.append(Check(f"versions: {name}", "problem", f"{found}; needed: {requirement.specifier or 'any'}", remedy))
+        elif name in SHOWN:
+            checks.append(Check(f"versions: {name}", "ok", found))
+    return checks
+
+
+def memory_of(meminfo: str, root: Path, own: str) -> tuple[int, int]:
+    """Bytes of memory in all and available, by /proc/meminfo and the limits of the cgroups in /proc/self/cgroup, v1 or v2.
+
+    What a cgroup has in use counts its page cache, which it gives back: so only the limit bounds what is available.
+    """
+    kib = {line.split(":")[0]: int(line.split()[1]) for line in meminfo.splitlines() if line.startswith("Mem")}
+    total = kib.get("MemTotal", 0) * 1024
+    for controllers, path in (line.split(":", 2)[1:] for line in own.splitlines()):
+        base, name = (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
+        folder = base / path.lstrip("/")
+        # In a container the path may be the host's; the limit then stands at the top. "max" is none.
+        limits = (read(place / name).strip() for place in (folder, *folder.parents) if controllers in ("", "memory"))
+        total = min([total, *(int(limit) for limit in limits if limit.isdigit())])
+    return total, min(total, kib.get("MemAvailable", 0) * 1024)
+
+
+def machine_checks(config: Config, cpuinfo: str, memory: tuple[int, int], shared_memory: int) -> list[Check]:
+    """Cores and what they have for bf16, memory (in all and available) and shared memory in bytes."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    bf16 = ", ".join(sorted({"amx_bf16", "avx512_bf16", "bf16"} & set(cpuinfo.split()))) or "nothing"
+    small = shared_memory < 2**30 and config.train.num_workers > 0
+    remedy = "data loader processes hand batches over there: train.num_workers=0, or docker run --shm-size=2g" if small else ""
+    return [
+        Check("machine: CPU", "ok", f"{cores} cores for this process; for bf16 they have {bf16}"),
+        Check("machine: memory", "ok", f"{size(memory[1])} of {size(memory[0])} available"),
+        Check("machine: /dev/shm", "note" if small else "ok", size(shared_memory), remedy),
+    ]
+
+
+def gpu_checks(config: Config, gpus: Sequence[Gpu], cuda: str | None, has_driver: bool) -> list[Check]:
+    """The GPUs, with a note on one that emulates bf16, or where torch sees none and NVIDIA's driver is there."""
+    checks, build = [], f"torch is built {f'for CUDA {cuda}' if cuda else 'without CUDA'}"
+    for index, gpu in enumerate(gpus):
+        bf16 = gpu.major >= 8 or cuda is None
+        can = f"compute capability {gpu.major}.{gpu.minor}, {'' if bf16 else 'no '}bf16"
+        found = f"{gpu.name}, {size(gpu.free)} of {size(gpu.total)} free; {can}; {build}"
+        remedy = "bf16 is slow there: train.precision=fp16" if not bf16 and config.train.precision.startswith("bf16") else ""
+        checks.append(Check(f"machine: GPU {index}", "note" if remedy else "ok", found, remedy))
+    remedy = "NVIDIA's driver is here: see CUDA_VISIBLE_DEVICES, or install a CUDA build of torch" if has_driver else ""
+    return checks or [Check("machine: GPU", "note" if has_driver else "ok", f"none: runs on the CPU; {build}", remedy)]
+
+
+def ranks_of(environment: Mapping[str, str], gpus: int, engine: str) -> tuple[Check, Ranks]:
+    """The processes that the launcher's variables tell of; else those that would be started, one on each GPU."""
+    name, remedy = "ranks: processes", "unset them, or start with launch/launch.sh, accelerate launch or torchrun"
+    if "RANK" not in environment and environment.get("WORLD_SIZE", "1") == "1":
+        count = 1 if engine == "plain" else max(1, gpus)
+        found = f"{count}, one on each GPU, by accelerate launch; 1 by progscale train" if count > 1 else "1; no launcher here"
+        return Check(name, "ok", found), Ranks(count, count)
+    if missing := [key for key in LAUNCHER if key not in environment]:
+        return Check(name, "problem", f"a launcher's variables are set, but not {', '.join(missing)}", remedy), Ranks()
+    numbers = [environment.get(key, "1") for key in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK")]
+    if not all(number.isdecimal() for number in numbers) or "0" in numbers[:2]:
+        return Check(name, "problem", "WORLD_SIZE, LOCAL_WORLD_SIZE, RANK: " + ", ".join(numbers), remedy), Ranks()
+    ranks = Ranks(*map(int, numbers))
+    found = f"{ranks.world_size}, of which {ranks.local} on this machine"
+    if ranks.local > gpus > 0:
+        return Check(name, "problem", f"{found}; GPUs here: {gpus}", "start one on each GPU"), ranks
+    return Check(name, "ok", found), ranks
+
+
+def zero(config: Config) -> tuple[int, set[str], bool]:
+    """The ZeRO stage, 0 without DeepSpeed; what is offloaded ("param", "optimizer"); whether parameters have 16 bits."""
+    block = (config.engine.deepspeed or {}).get("zero_optimization", {})
+    offloaded = {what for what in ("param", "optimizer") if (block.get(f"offload_{what}") or {}).get("device", "none") != "none"}
+    stage = int(block.get("stage", 0))
+    return stage, offloaded, stage > 0 and config.train.precision in ("bf16_params", "fp16")
+
+
+def run_checks(config: Config, ranks: Ranks, *, on_gpu: bool) -> list[Check]:
+    """What a run refuses once its ranks are known: batch, engine, precision, DeepSpeed's release and compiler."""
+    import torch
+    from torch.utils.cpp_extension import get_default_build_root
+
+    from progscale.engine.deepspeed import check_release
+    from progscale.engine.launch import check_precision, find_compiler
+    from progscale.setup import check_engine
+
+    train, count, (stage, offloaded, _) = config.train, ranks.world_size, zero(config)
+    name = f"zero{stage}{'-offload' if offloaded else ''}" if stage else "ddp" if count > 1 else "plain"
+    backend = "no process group" if name == "plain" else "nccl" if on_gpu else "gloo"
+    rows = f"{train.global_batch_size} a step, {train.global_batch_size // count} of each rank, at most {{}} at once"
+    device = torch.device("cuda" if on_gpu else "cpu")
+    checks = [told("ranks: rows", rows, micro_batch_size, config, count)]
+    checks.append(told("ranks: engine", f"{name}, {backend}", check_engine, config, count))
+    checks.append(told("ranks: precision", train.precision, check_precision, train.precision, device, stage > 0))
+    if stage:
+
+        def release() -> None:
+            check_release(version("deepspeed"), stage, on_cpu=not on_gpu, checkpointing=train.gradient_checkpointing)
+
+        checks.append(told("ranks: DeepSpeed", f"its release is right for ZeRO-{stage}", release))
+    if stage and not on_gpu:
+        compiled = any(Path(os.environ.get("TORCH_EXTENSIONS_DIR", get_default_build_root())).rglob("deepspeed_shm_comm.so"))
+        found = "its collectives are compiled" if compiled else "the first run compiles its collectives, 25 to 90 s"
+        checks.append(told("ranks: DeepSpeed on a CPU", found, find_compiler))
+    return checks
+
+
+def model_check(config: Config, permissions: Any) -> tuple[Check, int, int]:
+    """Model, task and tokenizer as a run finds them, without weights; elements in all, and the most that a stage trains."""
+    import torch
+
+    from progscale.blocks import partition
+    from progscale.methods import METHODS, live_parameters
+    from progscale.setup import find_inputs, stages_of
+
+    counts = [0]
+
+    def look() -> str:
+        inputs, method = find_inputs(config, permissions), METHODS.get(config.method.name)()
+        with torch.device("meta"):
+            parts = partition(method.prepare(inputs.skeleton), inputs.family)
+        # Which blocks are live does not depend on the steps, whose number only the tokenised data tells.
+        stages = stages_of(config, parts, max(1000 * config.stages, (config.schedule.starts or [0])[-1] + 1))
+        counts[:] = [parts.numel(), *(parts.count(live_parameters(stage, parts, method)) for stage in stages)]
+        model = "demo encoder" if config.model.name is None else inputs.request.name
+        live = ", ".join(f"{count / 1e6:.2f}" for count in counts[1:9]) + (" …" if counts[9:] else "")
+        return f"{model} on {config.task.name}: {counts[0] / 1e6:.2f} M parameters, live by stage {live} M"
+
+    return told("model: inputs", "{}", look), counts[0], max(counts[1:], default=0)
+
+
+def state_of(config: Config, total: int, live: int, world_size: int) -> tuple[int, int]:
+    """Bytes of weights, gradients and Adam's state on one rank: where it computes, and in CPU memory by offload.
+
+    A live parameter costs 4 + 4 + 8 bytes, a frozen one 4. Under DeepSpeed `bf16_params` and `fp16` cost 2 + 2 + 12 (with
+    fp32 accumulation 2 + 4 + 12; a frozen one 2), and fp32 weights are kept twice (4 + 4 + 12), but under ZeRO-3 only
+    with offload. ZeRO 1 divides the last number by the ranks, 2 the gradients too, 3 the weights too.
+    """
+    from progscale.plan import state_bytes
+
+    stage, offloaded, half = zero(config)
+    state = state_bytes(total, live, precision="bf16" if half else "fp32", zero_stage=stage, world_size=world_size)
+    masters = 4 * -(-live // world_size) if stage and not half and (stage < 3 or offloaded) else 0
+    types = (config.engine.deepspeed or {}).get("data_types") or {}
+    gradients = state.gradients * (2 if half and str(types.get("grad_accum_dtype")) in ("fp32", "float32") else 1)
+    optimizer = gradients + state.optimizer + masters
+    host = state.weights * ("param" in offloaded) + optimizer * ("optimizer" in offloaded)
+    return state.weights + optimizer - host, host
+
+
+def memory_checks(config: Config, total: int, live: int, ranks: Ranks, gpus: Sequence[Gpu], available: int) -> list[Check]:
+    """What `state_of` needs, against the GPU with least free memory, and for all local ranks the CPU's `available` bytes."""
+    device, host = state_of(config, total, live, ranks.world_size)
+    rows = [("a GPU", device, min(gpu.free for gpu in gpus))] if gpus else []
+    rows += [("the CPU", ranks.local * (host if gpus else device + host), available)] if available and (host or not gpus) else []
+    checks = []
+    for what, need, there in rows:
+        found = f"{size(need)} for weights, gradients and Adam's state, of {size(there)} available; activations are not counted"
+        remedy = "" if need <= there else "a higher ZeRO stage, offload, bf16_params, or more machines"
+        checks.append(Check(f"memory: {what}", "problem" if remedy else "ok", found, remedy))
+    return checks
+
+
+def disk_checks(config: Config, total: int, live: int, folder: Path, free: int, mounts: str, file_limit: int) -> list[Check]:
+    """Where the runs' folder is or will be: can it be written, its file system, room for checkpoints, the limit of one file.
+
+    `total` elements (0: not known), of which a stage trains `live` at most; `free` bytes in the existing `folder`; the content
+    of /proc/mounts; RLIMIT_FSIZE in bytes, negative for none.
+    """
+    keep, shard = config.checkpoint.keep, config.checkpoint.shard_megabytes * 2**20
+    checks = [writable("checkpoints: folder", folder, "choose another with --set run.output_dir=…")]
+    places = [line.split()[1:3] for line in mounts.splitlines()]
+    # The longest path holds the folder; of several file systems on one path the last one is seen.
+    fits = [(len(where), index, kind) for index, (where, kind) in enumerate(places) if folder.is_relative_to(where)]
+    kind = max(fits)[2] if fits else "not known"
+    why = FILE_SYSTEMS.get(kind, "")
+    checks.append(Check("checkpoints: file system", "note" if why else "ok", kind, why))
+    if total:
+        # fp32 weights and two moments of what is live; the new one is written before the oldest goes.
+        one = 12 * live + (2 if zero(config)[2] else 4) * (total - live)
+        need, shard = (keep + 1) * one, min(shard, one)
+        found = f"{size(one)} each, {keep} kept while one is written: {size(need)} of {size(free)} free"
+        remedy = "" if need <= free else "make room, --set run.output_dir=…, or a smaller checkpoint.keep"
+        checks.append(Check("checkpoints: room", "problem" if remedy else "ok", found, remedy))
+    found = "not limited" if file_limit < 0 else f"limited to {size(file_limit)}, and a checkpoint's are up to {size(shard)}"
+    remedy = "ulimit -f unlimited, or a smaller checkpoint.shard_megabytes" if 0 <= file_limit < shard else ""
+    return [*checks, Check("checkpoints: size of a file", "problem" if remedy else "ok", found, remedy)]
+
+
+def network_checks(environment: Mapping[str, str], ranks: Ranks) -> list[Check]:
+    """Whether the names resolve, and rank 0 can have the port; torchrun's own store holds it already."""
+    own, host = socket.gethostname(), environment.get("MASTER_ADDR", "127.0.0.1")
+    port = environment.get("MASTER_PORT", "")
+
+    def address(name: str) -> str:
+        return str(socket.getaddrinfo(name, None)[0][4][0])
+
+    def bind() -> str:
+        with socket.socket() as probe:
+            # As torch's store does: a port that was left a moment ago is free.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("", int(port)) if port else ("127.0.0.1", 0))
+        return "free"
+
+    # One process needs no name of its own.
+    status: Status = "problem" if ranks.world_size > 1 else "note"
+    checks = [told("network: host name", f"{own} is {{}}", address, own, remedy="put it into /etc/hosts", status=status)]
+    checks.append(told("network: main address", f"{host} is {{}}", address, host, remedy="correct MASTER_ADDR"))
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        checks.append(Check("network: port", "ok", f"{port}, held by the launcher"))
+    elif not ranks.rank:
+        checks.append(told("network: port", f"{port or 'some port'} is {{}}", bind, remedy="another MASTER_PORT"))
+    return checks
+
+
+def signal_check(environment: Mapping[str, str], ranks: Ranks) -> Check:
+    """Whether the launcher hands SIGUSR1 on and gives a save time; torchrun tells its ranks which signals it handles."""
+    handled = environment.get("TORCHELASTIC_SIGNALS_TO_HANDLE", environment.get("PET_SIGNALS_TO_HANDLE", ""))
+    waits = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "PET_SHUTDOWN_TIMEOUT"} & set(environment)
+    lines = [] if "SIGUSR1" in handled.replace(" ", "").split(",") else [("SIGUSR1 kills the launcher", SIGNALS)]
+    lines += [] if waits else [("a save is cut off after 30 s", TIMEOUT)]
+    if "TORCHELASTIC_RUN_ID" not in environment or ranks.world_size == 1:
+        return Check("signals", "note", "no launcher of several ranks", f"launch/launch.sh sets these:\n{SIGNALS}\n{TIMEOUT}")
+    if not lines:
+        return Check("signals", "ok", "the launcher hands SIGUSR1 on and waits for a save")
+    whys, exports = zip(*lines, strict=True)
+    return Check("signals", "note", "; ".join(whys), "\n".join(["before it is started:", *exports]))
+
+
+def writable(name: str, folder: Path, remedy: str, status: Status = "problem") -> Check:
+    """Whether a file can be made in a folder; it gets no name, so that not even a kill leaves it behind."""
+
+    def make() -> str:
+        with tempfile.TemporaryFile(dir=folder):
+            return "writable"
+
+    return told(name, f"{folder} is {{}}", make, remedy=remedy, status=status)
+
+
+def existing(path: str | Path) -> Path:
+    """A path, or the nearest above it that exists; without links."""
+    place = Path(path).absolute()
+    while not os.path.exists(place):
+        place = place.parent
+    return place.resolve()
+
+
+def disk_bytes(folder: str | Path) -> tuple[int, int]:
+    """Bytes of a file system in all, and free for this user; 0 where there is none."""
+    try:
+        found = os.statvfs(folder)
+    except OSError:
+        return 0, 0
+    return found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
+
+
+def read(path: str | Path) -> str:
+    """A file's content; empty where it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def size(count: int) -> str:
+    """Bytes for people: "1.5 GiB"."""
+    unit, scale = next(((u, s) for u, s in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)) if count >= s), ("KiB", 2**10))
+    return f"{count / scale:.1f} {unit}"
+
+
+def render_checks(checks: Sequence[Check]) -> RenderableType:
+    """The checks as a table for the terminal; what to do stands below what was found."""
+    from rich.table import Table
+    from rich.text import Text
+
+    problems = sum(check.status == "problem" for check in checks)
+    table = Table(caption=Text(f"{problems or 'no'} problem{'' if problems == 1 else 's'}"), caption_justify="left")
+    for heading in ("check", "status", "found"):
+        table.add_column(heading)
+    for check, after in zip(checks, [*checks[1:], Check("", "ok", "")], strict=True):
+        cell = check.found + (f"\n→ {check.remedy}" if check.remedy else "")
+        style = {"ok": "", "note": "yellow", "problem": "bold red"}[check.status]
+        end = after.name.split(":")[0] != check.name.split(":")[0]
+        table.add_row(Text(check.name), Text(check.status, style), Text(cell), end_section=end)
+    return table

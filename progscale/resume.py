@@ -1,0 +1,182 @@
+"""Where a run goes on: which checkpoint is taken, and whether it belongs to this run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from progscale.blocks import Partition
+from progscale.checkpoint.manifest import MANIFEST
+from progscale.checkpoint.reader import Checkpoint, open_checkpoint, verify_together
+from progscale.checkpoint.store import Store
+from progscale.config import Config, decisive_values
+from progscale.engine import ranks
+from progscale.errors import ConfigError, Fault, RejectedError
+from progscale.schedule import Stage
+from progscale.tasks.base import Tokenized
+
+FOLDER = "checkpoints"
+POLICIES = ("auto", "never", "must")
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The checkpoint that a run goes on from.
+
+    Attributes:
+        checkpoint: verified.
+        in_place: whether it lies in this run's own folder, whose records then go on.
+        rejected: newer ones that cannot be used.
+    """
+
+    checkpoint: Checkpoint
+    in_place: bool
+    rejected: tuple[RejectedError, ...] = ()
+
+
+def find_checkpoint(
+    policy: str, run_folder: Path, identity: Mapping[str, Any], say: Callable[[str], None] = lambda text: None
+) -> Resumed | None:
+    """The newest valid checkpoint for a run. A collective.
+
+    Args:
+        policy: "auto" (start fresh where there is none), "must" (an error then), or the path of a checkpoint, or of the
+            folder of a run.
+        run_folder: of this run.
+        identity: from `identity_of`.
+        say: shows a line to the user.
+
+    Raises:
+        RejectedError: `policy` is a path and the checkpoint there is damaged; or "must", and there is none.
+        ConfigError: the checkpoint is that of another run, with both values of what differs.
+    """
+    explicit = policy not in POLICIES
+    root, single = locate(Path(policy)) if explicit else (run_folder / FOLDER, None)
+    paths = [single] if single else ranks.gather_objects(ranks.on_main(lambda: Store(root).candidates()))[0]
+    rejected: list[RejectedError] = []
+    for path in paths:
+        try:
+            ranks.on_main(lambda path=path: check_same_run(open_checkpoint(path), identity))  # type: ignore[misc]
+            checkpoint = verify_together(path)
+        except RejectedError as error:
+            if single:
+                raise
+            rejected.append(error)
+            say(f"rejected: {error}")
+            continue
+        in_place = path.resolve().parent == (run_folder / FOLDER).resolve()
+        return Resumed(checkpoint, in_place, tuple(rejected))
+    if policy == "auto":
+        return None
+    where = f"{len(rejected)} there, all of them rejected: {rejected[0]}" if rejected else "none there"
+    raise RejectedError(root, f"--resume {policy} needs a valid checkpoint, and there is {where}")
+
+
+def locate(path: Path) -> tuple[Path, Path | None]:
+    """What a path given to --resume names: the folder that holds checkpoints, and the checkpoint where it is one.
+
+    Raises:
+        RejectedError: neither.
+    """
+    if (path / MANIFEST).exists():
+        return path.parent, path
+    for root in (path / FOLDER, path):
+        if root.is_dir() and Store(root).candidates():
+            return root, None
+    what = "there is no such folder" if not path.exists() else f"it has no {MANIFEST} and holds no checkpoints"
+    raise RejectedError(path, f"{what}; --resume takes {', '.join(POLICIES)}, a checkpoint's folder, or a run's")
+
+
+def identity_of(
+    config: Config, partition: Partition, stages: Sequence[Stage], splits: Mapping[str, Tokenized], *, steps_per_epoch: int
+) -> dict[str, Any]:
+    """What must be the same when a run goes on, as JSON values: options, stages, model and data."""
+    name = config.model.name
+    shapes = {info.name: list(info.shape) for info in partition.parameters.values()}
+    return {
+        **decisive_values(config),
+        # A folder may lie elsewhere on the next machine: its content counts.
+        "model.name": "a local folder" if name is not None and Path(name).exists() else name,
+        "model's parameters": f"{len(shapes)} tensors, {hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]}",
+        "schedule's stages": [stage_values(stage) for stage in stages],
+        "steps of an epoch": steps_per_epoch,
+        "training data": f"{len(splits['train'])} rows, {fingerprint(splits['train'])}",
+    }
+
+
+def stage_values(stage: Stage) -> list[Any]:
+    """A stage as JSON values: its steps, and the runs of live blocks of each stack."""
+    live = {stack: _ranges(blocks) for stack, blocks in sorted(stage.live_blocks.items())}
+    return [stage.start_step, stage.end_step, live, stage.embeddings]
+
+
+def _ranges(blocks: Sequence[int]) -> str:
+    found: list[list[int]] = []
+    for block in blocks:
+        if found and found[-1][1] == block - 1:
+            found[-1][1] = block
+        else:
+            found.append([block, block])
+    return ",".join(f"{first}-{last}" for first, last in found)
+
+
+def fingerprint(split: Tokenized) -> str:
+    """A hash of a split's tokens and labels."""
+    digest = xxhash.xxh3_128()
+    for name, column in sorted(split.columns.items()):
+        digest.update(name.encode())
+        # Token ids fit in 32 bits, and a cache may keep them in fewer.
+        digest.update(np.ascontiguousarray(column.values, dtype=np.int64).data)
+        digest.update(np.ascontiguousarray(column.offsets, dtype=np.int64).data)
+    for name, labels in sorted(split.labels.items()):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(np.asarray(labels)).data)
+    return digest.hexdigest()[:16]
+
+
+def check_same_run(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
+    """Refuses a checkpoint of a run that computes something else.
+
+    Raises:
+        ConfigError: with both values of each difference.
+        RejectedError: the checkpoint does not say what it is of, or contradicts itself.
+    """
+    theirs = checkpoint.state.get("run")
+    if not isinstance(theirs, dict):
+        raise RejectedError(checkpoint.path, "state.json does not say which run it is of")
+    ours = json.loads(json.dumps(identity))
+    faults = [
+        Fault(key, f"the checkpoint {checkpoint.path} has {_show(theirs.get(key))}, this run {_show(ours.get(key))}")
+        for key in sorted({*theirs, *ours})
+        if theirs.get(key) != ours.get(key)
+    ]
+    if faults:
+        raise ConfigError(faults, "--resume: not the same run (start it anew with --resume never, or restore these values)")
+
+
+def _show(value: Any) -> str:
+    return json.dumps(value) if not isinstance(value, str) or len(value) < 60 else value
+
+
+def derive_stage(stages: Sequence[Stage], checkpoint: Checkpoint) -> Stage:
+    """The stage that was at work, from the schedule and the step; it must be the one that the checkpoint names.
+
+    Exactly on a boundary a checkpoint is that of the stage that ends there, all of whose steps are done.
+
+    Raises:
+        RejectedError: the two contradict each other.
+    """
+    possible = [stage for stage in stages if stage.start_step <= checkpoint.step <= stage.end_step]
+    named = checkpoint.state.get("stage")
+    for stage in possible:
+        if stage.index == named:
+            return stage
+    allowed = " or ".join(str(stage.index) for stage in possible) or "none"
+    raise RejectedError(checkpoint.path, f"it names stage {named!r} at step {checkpoint.step}, where the schedule has {allowed}")

@@ -1,0 +1,203 @@
+"""Nobody waits for the dead: a thread on every rank that sees when another rank is gone or stands still, and ends this one.
+
+Collectives alone would wait: NCCL until its time-out, and a rank that sleeps outside of one for ever. Ranks tell each other
+through the launcher's key-value store that they live (ring-wise, so that the traffic grows with the ranks and not with
+their square), and how often they showed a sign of progress.
+"""
+
+from __future__ import annotations
+
+import datetime
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+BEAT_SECONDS = 2.0
+# A rank on another node whose thread shows nothing for so long is taken for dead; on this node its process is looked at.
+SILENT_BEATS = 30
+# The store may be slow, or its host be gone: then collectives fail as well.
+STORE_SECONDS = 10.0
+
+
+class Watch:
+    """Watches the ranks of a run; without a process group, this process alone.
+
+    Args:
+        rank: of this process.
+        world_size: ranks.
+        timeout_seconds: without a sign of progress for so long a rank hangs.
+        stopping: whether this rank was told to stop; a launcher that is gone is then no news.
+    """
+
+    def __init__(self, rank: int, world_size: int, timeout_seconds: float, stopping: Callable[[], bool] = lambda: False) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.timeout_seconds = timeout_seconds
+        self._stopping = stopping
+        self._signs = 0
+        self._where = "starting"
+        self._signed = time.monotonic()
+        self._done = threading.Event()
+        self._store = _connect(timeout_seconds) if world_size > 1 else None
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def start(self) -> None:
+        """Begins to watch."""
+        self.sign("starting")
+        if self._store is not None:
+            self._store.set(f"who/{self.rank}", json.dumps([socket.gethostname(), os.getpid()]))
+        self._thread.start()
+
+    def sign(self, where: str | None = None) -> None:
+        """This rank goes on; `where` says what it is doing."""
+        self._signs += 1
+        self._where = where or self._where
+        self._signed = time.monotonic()
+
+    def stop(self) -> None:
+        """Ends the watch; the others are told that this rank left in order."""
+        self._done.set()
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join()
+        if self._store is not None:
+            try:
+                self._store.set(f"left/{self.rank}", "1")
+            except RuntimeError:
+                self._store = None  # the launcher went first; nobody is left to tell
+
+    def failed(self, what: str) -> None:
+        """Tells the other ranks why this one ends, and ends those on this node that are stopped and would never hear of it."""
+        self._done.set()
+        if self._store is None:
+            return
+        try:
+            if not self._store.check(["failed"]):
+                self._store.set("failed", f"rank {self.rank}: {what}")
+            self._kill_stopped()
+        except RuntimeError:
+            self._store = None
+
+    def gone(self, patience_seconds: float = 2.0) -> list[int]:
+        """Ranks of this node whose process ended without a word; after an error in a collective the likely cause."""
+        if self._store is None:
+            return []
+        until = time.monotonic() + patience_seconds
+        while True:
+            try:
+                found = [rank for rank in range(self.world_size) if rank != self.rank and self._is_gone(rank, silent=2)]
+            except RuntimeError:
+                return []
+            if found or time.monotonic() > until:
+                return found
+            time.sleep(0.1)
+
+    def _run(self) -> None:
+        unreachable = 0
+        beats, silent = -1, 0
+        while not self._done.wait(min(BEAT_SECONDS, self.timeout_seconds / 4)):
+            if time.monotonic() - self._signed > self.timeout_seconds:
+                self._end(self._hang(), dump=True)
+            if self._store is None:
+                continue
+            try:
+                if self._store.check(["failed"]):
+                    self._end(self._store.get("failed").decode())
+                self._store.add(f"beat/{self.rank}", 1)
+                self._store.set(f"signs/{self.rank}", json.dumps([self._signs, self._where]))
+                unreachable = 0
+                seen = self._store.add(f"beat/{self._next}", 0)
+                silent = silent + 1 if seen == beats else 0
+                beats = seen
+                if self._is_gone(self._next, silent):
+                    self._end(f"rank {self._next} is gone", tell=True)
+            except RuntimeError:  # torch's DistError
+                unreachable += 1
+                if unreachable * BEAT_SECONDS > STORE_SECONDS:
+                    if self._stopping():
+                        return
+                    self._end("the launcher's store cannot be reached: the launcher or its node is gone")
+
+    @property
+    def _next(self) -> int:
+        return (self.rank + 1) % self.world_size
+
+    def _is_gone(self, rank: int, silent: int) -> bool:
+        """Whether a rank ended without saying so."""
+        assert self._store is not None
+        if not self._store.check([f"who/{rank}"]) or self._store.check([f"left/{rank}"]):
+            return False
+        host, process = json.loads(self._store.get(f"who/{rank}"))
+        if host == socket.gethostname():
+            # It may be about to say that it left.
+            return process_state(process) in ("", "Z") and silent > 1 and not self._store.check([f"left/{rank}"])
+        return silent > SILENT_BEATS
+
+    def _hang(self) -> str:
+        """Who has shown the fewest signs of progress, and where it stands."""
+        what = f"no progress for {self.timeout_seconds:.0f} s (engine.timeout_seconds)"
+        if self._store is None:
+            return f"{what} while {self._where}"
+        signs: dict[int, tuple[int, str]] = {self.rank: (self._signs, self._where)}
+        for rank in range(self.world_size):
+            if rank != self.rank and self._store.check([f"signs/{rank}"]):
+                count, where = json.loads(self._store.get(f"signs/{rank}"))
+                signs[rank] = (count, where)
+        fewest = min(count for count, _ in signs.values())
+        late = [f"rank {rank} ({where})" for rank, (count, where) in sorted(signs.items()) if count == fewest]
+        if len(late) == self.world_size:
+            return f"{what}; all ranks stand at the same place: {signs[self.rank][1]}"
+        return f"{what}; behind the others: {', '.join(late)}"
+
+    def _end(self, what: str, *, dump: bool = False, tell: bool = False) -> None:
+        """Ends this process, whatever its main thread waits for."""
+        if self._done.is_set():  # the main thread has met the end itself
+            return
+        if dump:
+            faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        if dump or tell:
+            self.failed(what)
+        print(f"progscale: [rank {self.rank}] the run ends: {what}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    def _kill_stopped(self) -> None:
+        """A process that somebody stopped (SIGSTOP) hears no SIGTERM, and the launcher would wait for it."""
+        assert self._store is not None
+        for rank in range(self.world_size):
+            if rank == self.rank or not self._store.check([f"who/{rank}"]):
+                continue
+            host, process = json.loads(self._store.get(f"who/{rank}"))
+            if host == socket.gethostname() and process_state(process) in ("T", "t"):
+                os.kill(process, signal.SIGKILL)
+
+
+def process_state(process: int) -> str:
+    """The state of a process as /proc shows it ("S", "T" for stopped, "Z"); "" when there is none."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        if not Path("/proc/self/stat").exists():
+            return "?"  # macOS
+        return ""
+
+
+def _connect(timeout_seconds: float) -> Any:
+    """A connection of its own to the store that the launcher or rank 0 keeps: the process group's is not for two threads."""
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        wait_for_workers=False,
+        timeout=datetime.timedelta(seconds=min(STORE_SECONDS, timeout_seconds)),
+    )
+    run = f"{os.environ.get('TORCHELASTIC_RUN_ID', 'none')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    return dist.PrefixStore(f"progscale/watch/{run}", store)

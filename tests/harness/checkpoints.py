@@ -1,0 +1,135 @@
+"""Runs that are saved at many steps, and go on from any of them in a new model and a new engine. Runs in each rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from progscale.checkpoint.reader import load_optimizer, load_weights, verify_together
+from progscale.checkpoint.saver import Saver
+from progscale.checkpoint.store import Store
+from progscale.engine.base import Engine
+from progscale.learning_rate import LearningRate
+from progscale.loop import seed_step
+from progscale.optim import StageBuild
+from tests.harness.cases import builds_of, make_engine, row_loss, share
+from tests.harness.moves import everywhere, steps_by_name
+from tests.tiny import tiny_model
+
+STAGES, STEPS, BLOCKS, ROWS, MICRO = 3, 6, 4, 8, 4
+
+
+@dataclass
+class Trained:
+    """What a run, or the rest of one, showed on this rank.
+
+    Attributes:
+        losses: by step.
+        moved: names of frozen parameters that changed in their stage; must stay empty.
+        frozen: element of each frozen parameter's bits, by stage, as hashes.
+    """
+
+    losses: dict[int, float] = field(default_factory=dict)
+    parameters: dict[str, torch.Tensor] = field(default_factory=dict)
+    optimizer_steps: dict[str, int] = field(default_factory=dict)
+    moved: list[str] = field(default_factory=list)
+    elements: int = 0
+
+
+def make(
+    engine: str, schedule: str, options: dict[str, Any], seed: int, **settings: Any
+) -> tuple[Engine, tuple[StageBuild, ...]]:
+    """A tiny model with dropout in an engine, and the builds of its stages."""
+    embeddings = "first_stage" if schedule == "progtuning" else "always"
+    dropout = settings.pop("dropout", 0.1)
+    module = tiny_model("bert", blocks=BLOCKS, seed=seed, dropout=dropout).train()
+    _, builds = builds_of(module, schedule, embeddings, STAGES, STEPS, "full", options)
+    return make_engine(module, engine, **settings), builds
+
+
+def train(engine: Engine, build: StageBuild, first: int, trained: Trained) -> None:
+    """The steps of a stage from `first` on; frozen tensors are watched."""
+    curve = LearningRate(1e-3, "linear", STEPS, warmup_steps=1, final_fraction=0.1)
+    frozen = [name for name in engine.parameters if name not in build.live]
+    before = engine.digests(frozen)
+    for step in range(first, build.stage.end_step):
+        seed_step(7, step, engine.rank)
+        vocabulary = int(engine.module.config.vocab_size)  # type: ignore[union-attr, arg-type]
+        batches = share(step, ROWS, vocabulary, engine.rank, engine.world_size, MICRO)
+        trained.losses[step] = engine.train_step(batches, ROWS, row_loss, curve(step)).loss
+        yield_to_saver(engine, step + 1, build)
+    after = engine.digests(frozen)
+    trained.moved += [name for name in frozen if before[name] != after[name]]
+
+
+def yield_to_saver(engine: Engine, step: int, build: StageBuild) -> None:
+    """Saves where the case asked for it."""
+    saver, steps = _SAVERS.get(id(engine), (None, ()))
+    if saver is not None and step in steps:
+        state = {
+            "step": step,
+            "stage": build.stage.index,
+            "loss_scale": engine.scaler_state(),
+            "parameters": {name: engine.numel(name) for name in engine.parameters},
+        }
+        saver.save(step, state)
+        saver.finish()
+
+
+_SAVERS: dict[int, tuple[Saver, Sequence[int]]] = {}
+
+
+def run_and_save(
+    engine: str,
+    folder: str,
+    schedule: str,
+    steps: Sequence[int],
+    options: dict[str, Any] | None = None,
+    background: bool = False,
+    shard_bytes: int = 20_000,
+    **settings: Any,
+) -> Trained:
+    """The whole run, saved after each of `steps`."""
+    made, builds = make(engine, schedule, dict(options or {}), seed=0, **settings)
+    saver = Saver(made, Store(Path(folder), keep=100), shard_bytes=shard_bytes, background=background)
+    _SAVERS[id(made)] = (saver, steps)
+    trained = Trained()
+    for build in builds:
+        made.begin_stage(build)
+        saver.reserve()
+        train(made, build, build.stage.start_step, trained)
+    return finish(made, trained)
+
+
+def go_on(engine: str, folder: str, schedule: str, step: int, options: dict[str, Any] | None = None, **settings: Any) -> Trained:
+    """The rest of the run from the checkpoint of `step`, in a model that begins with other weights."""
+    made, builds = make(engine, schedule, dict(options or {}), seed=1, **settings)
+    checkpoint = verify_together(Store(Path(folder)).path_of(step))
+    trained = Trained()
+    for build in builds:
+        if build.stage.index < checkpoint.state["stage"]:
+            continue
+        if made.build is None:
+            load_weights(checkpoint, made)
+            made.begin_stage(build)
+            load_optimizer(checkpoint, made)
+            if made.scales_loss and checkpoint.state["loss_scale"] is not None:
+                made.load_scaler_state(checkpoint.state["loss_scale"])
+        else:
+            made.begin_stage(build)
+        train(made, build, max(step, build.stage.start_step), trained)
+    return finish(made, trained)
+
+
+def finish(engine: Engine, trained: Trained) -> Trained:
+    """Weights and step counts at the end; the engine is closed."""
+    trained.parameters = everywhere(engine)
+    trained.optimizer_steps = steps_by_name(engine)
+    trained.elements = sum(part.end - part.start for part in engine.own_slices())
+    _SAVERS.pop(id(engine), None)
+    engine.close()
+    return trained
