@@ -9,12 +9,13 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from progscale import __version__
 from progscale.config import Config, describe_schema, dump_config, load_config
 from progscale.config.schema import SQUAD_TASKS
-from progscale.errors import ConfigError, DataError, Fault, ModelError, ProgscaleError
+from progscale.errors import ConfigError, DataError, Fault, ModelError, ProgscaleError, UserError
 from progscale.names import name_faults
 
 if TYPE_CHECKING:
@@ -100,7 +101,35 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--format", choices=["table", "json"], default="table", help="output format")
     doctor.add_argument("--trust-remote-code", action="store_true", help="run Python code from the model's repository")
     doctor.set_defaults(run=run_doctor)
+    checkpoint = commands.add_parser("checkpoint", help="look into saved states", allow_abbrev=False)
+    add_checkpoint_commands(checkpoint)
     return parser
+
+
+def add_checkpoint_commands(parser: argparse.ArgumentParser) -> None:
+    """Commands of `checkpoint`."""
+    commands = parser.add_subparsers(dest="checkpoint_command", metavar="COMMAND", required=True)
+    verify = commands.add_parser(
+        "verify",
+        help="hash every file of a checkpoint, and check that every parameter is whole",
+        description="Reads checkpoints from end to end; exit code 0 when all are valid, else 2.",
+        epilog="examples:\n  progscale checkpoint verify runs/demo-progtuning-42\n"
+        "  progscale checkpoint verify runs/demo-progtuning-42/checkpoints/step-00000150 --format json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    verify.add_argument("path", metavar="PATH", help="folder of a checkpoint, or of a run: then all of its checkpoints")
+    verify.add_argument("--format", choices=["table", "json"], default="table", help="output format")
+    verify.set_defaults(run=run_verify)
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    """The command `checkpoint verify`."""
+    from progscale.verify import findings_table, verify_path
+
+    findings = verify_path(Path(options.path))
+    show([finding.to_json() for finding in findings], lambda _: findings_table(findings), options.format)
+    return 0 if all(finding.reason is None for finding in findings) else UserError.exit_code
 
 
 def add_train_options(parser: argparse.ArgumentParser) -> None:

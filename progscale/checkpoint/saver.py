@@ -44,10 +44,16 @@ class Saved:
 
 @dataclass
 class _Part:
-    """What one rank wrote."""
+    """What one rank writes.
 
+    Attributes:
+        bytes: of its tensors.
+        files: those that are on the disk.
+        failure: why one is not.
+    """
+
+    bytes: int
     files: dict[str, FileInfo] = field(default_factory=dict)
-    bytes: int = 0
     failure: str | None = None
 
 
@@ -59,7 +65,7 @@ class _Pending:
     step: int
     state: Mapping[str, Any]
     started: float
-    part: _Part = field(default_factory=_Part)
+    part: _Part
     thread: threading.Thread | None = None
     blocked: float = 0.0
 
@@ -113,15 +119,16 @@ class Saver:
         """
         assert self._pending is None, "the save before this one was not finished"
         started = time.perf_counter()
+        slices = list(self._engine.own_slices())
+        part = _Part(bytes=sum(map(shards.slice_bytes, slices)))
         try:
             staged = self._engine.on_main(lambda: self._store.begin(step))
         except Exception as error:  # rank 0's own on rank 0, and what it said of it elsewhere
-            raise self._failed(str(error), needed=0) from error
-        pending = _Pending(staged, step, state, started)
+            raise self._failed(str(error), sum(self._engine.gather_objects(part.bytes))) from error
+        pending = _Pending(staged, step, state, started, part)
         self._pending = pending
-        slices = self._engine.own_slices()
         if self._background and not wait:
-            copied = self._copied(list(slices))
+            copied = self._copied(slices)
             pending.thread = threading.Thread(target=self._write, args=(pending, copied), name="checkpoint", daemon=True)
             pending.thread.start()
             pending.blocked = time.perf_counter() - started
@@ -168,7 +175,6 @@ class Saver:
         try:
             for number, shard in enumerate(shards.shards_of(slices, self._shard_bytes)):
                 name = f"rank{rank:05d}-{number:05d}.safetensors"
-                part.bytes += shard.bytes
                 part.files[name] = shards.write_shard(pending.staged / name, shard.tensors, shard.metadata())
                 self._sign()
         except Exception as error:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from progscale.checkpoint.reader import index, open_checkpoint
+from progscale.checkpoint.store import Store
 from progscale.schedule import SCHEDULES
 from tests.contract.test_contracts import OPTIONS
 from tests.harness import checkpoints
@@ -58,6 +63,7 @@ def runs(two_ranks: TwoRanks, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 def same_bits(rest: Trained, whole: Trained, step: int) -> None:
+    assert rest.states[step] == whole.states[step], "what was loaded is not what was saved"
     assert rest.losses == {at: loss for at, loss in whole.losses.items() if at >= step}
     assert rest.optimizer_steps == whole.optimizer_steps
     for name, value in whole.parameters.items():
@@ -73,25 +79,111 @@ def near(rest: Trained, whole: Trained, step: int) -> None:
     assert rest.moved == []
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES.names())
-@pytest.mark.parametrize("engine", list(ENGINES))
+CASES = [(engine, schedule) for engine in ENGINES for schedule in SCHEDULES.names()]
+PAIRS = list(permutations(ENGINES, 2))
+
+
+@pytest.mark.parametrize(("engine", "schedule"), CASES)
+def test_stopped(runs: Runs, engine: str, schedule: str) -> None:
+    """In the middle of a stage, and exactly on a boundary."""
+    number = CASES.index((engine, schedule))
+    stopped(runs, engine, schedule, [[1, 4], [2, 3], [2, 5]][number % 3])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "schedule"), CASES)
 def test_stopped_anywhere(runs: Runs, engine: str, schedule: str) -> None:
+    stopped(runs, engine, schedule, STOPS)
+
+
+def stopped(runs: Runs, engine: str, schedule: str, steps: list[int]) -> None:
     """Dropout is on: its masks too are those of the run that was never stopped."""
     # Half of the cases write in the background.
     settings = {"background": (list(ENGINES).index(engine) + SCHEDULES.names().index(schedule)) % 2 == 0}
     whole = runs.whole(engine, schedule, **settings)
     assert len(whole.losses) == STEPS
-    for step in STOPS:
+    for step in steps:
         same_bits(runs.rest(engine, schedule, step, **settings), whole, step)
 
 
-@pytest.mark.parametrize("saved_by", list(ENGINES))
-@pytest.mark.parametrize("engine", list(ENGINES))
+@pytest.mark.parametrize(("saved_by", "engine"), PAIRS)
 def test_another_engine_goes_on(runs: Runs, saved_by: str, engine: str) -> None:
-    """Any engine reads what any other wrote, in every stage and on every boundary; "plain" is one process, the others two."""
-    if engine == saved_by:
-        pytest.skip("the same engine is tested above, to the bit")
+    """Any engine reads what any other wrote; "plain" is one process, the others are two."""
+    step = (1, 2, 3, 5)[PAIRS.index((saved_by, engine)) % 4]
+    goes_on(runs, saved_by, engine, step)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("saved_by", "engine"), PAIRS)
+def test_another_engine_goes_on_anywhere(runs: Runs, saved_by: str, engine: str) -> None:
+    """In every stage and on every boundary."""
+    for step in STOPS:
+        goes_on(runs, saved_by, engine, step)
+
+
+def goes_on(runs: Runs, saved_by: str, engine: str, step: int) -> None:
     whole = runs.whole(saved_by, "progtuning", dropout=0.0)
-    for step in (1, 2, 3, 5):
-        rest = runs.rest(engine, "progtuning", step, saved_by=saved_by, dropout=0.0)
-        near(rest, whole, step)
+    rest = runs.rest(engine, "progtuning", step, saved_by=saved_by, dropout=0.0)
+    assert rest.states[step] == whole.states[step], "what was loaded is not what was saved"
+    near(rest, whole, step)
+    if {saved_by, engine} == {"zero1", "zero2"}:
+        # The norm is summed in another order; where nothing is clipped it decides nothing. (Under ZeRO-3 the flat buffers
+        # begin elsewhere, and the vectorised optimizer rounds the elements at their ends in another way.)
+        unclipped: dict[str, Any] = {"dropout": 0.0, "max_grad_norm": None}
+        whole = runs.whole(saved_by, "progtuning", **unclipped)
+        same_bits(runs.rest(engine, "progtuning", step, saved_by=saved_by, **unclipped), whole, step)
+
+
+@pytest.fixture(scope="module")
+def three_ranks() -> Iterator[TwoRanks]:
+    ranks = TwoRanks(ranks=3)
+    yield ranks
+    ranks.close()
+
+
+@pytest.mark.parametrize(
+    ("two", "three", "back"), [("zero2", "zero3", "ddp"), ("zero3", "ddp", "zero1"), ("ddp", "zero2-offload", "zero3-offload")]
+)
+@pytest.mark.parametrize("steps", [(1, 2, 4), (2, 3, 5), (1, 3, 5)], ids=str)
+def test_more_and_fewer_ranks(
+    runs: Runs, three_ranks: TwoRanks, tmp_path: Path, two: str, three: str, back: str, steps: tuple[int, int, int]
+) -> None:
+    """Two ranks, then one, three, and two again: a run that nobody stopped computes the same."""
+    whole = runs.whole("plain", "progtuning", dropout=0.0)
+    case: dict[str, Any] = {"folder": str(tmp_path), "schedule": "progtuning", "dropout": 0.0}
+    first, second, third = steps
+    parts = [
+        runs.call("run_and_save", two, steps=[first], **case),
+        runs.call("go_on", "plain", step=first, steps=[second], **case),
+        three_ranks.run("tests.harness.checkpoints:go_on", engine=three, step=second, steps=[third], **case)[0],
+        runs.call("go_on", back, step=third, **case),
+    ]
+    for part in parts:
+        near(part, whole, min(part.losses))
+
+
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3", "zero2-offload", "zero3-offload"])
+def test_masters_are_kept(runs: Runs, engine: str) -> None:
+    """bf16 parameters with fp32 masters: the masters go on, not what the model shows of them."""
+    whole = runs.whole(engine, "progtuning", precision="bf16_params")
+    for step in (1, 2, 3):
+        same_bits(runs.rest(engine, "progtuning", step, precision="bf16_params"), whole, step)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+def test_the_loss_scale_goes_on(runs: Runs, engine: str) -> None:
+    whole = runs.whole(engine, "progtuning", precision="fp16")
+    same_bits(runs.rest(engine, "progtuning", 3, precision="fp16"), whole, 3)
+
+
+@pytest.mark.parametrize("engine", list(ENGINES))
+def test_every_element_is_stored_once(runs: Runs, engine: str) -> None:
+    """Equal shares: no rank writes what another writes, and none the whole."""
+    runs.whole(engine, "progtuning", dropout=0.0)
+    checkpoint = open_checkpoint(Store(runs.folder(engine, "progtuning", dropout=0.0)).path_of(3))
+    live = checkpoint.state["parameters"]
+    by_rank: Counter[int] = Counter()
+    for part in index(checkpoint):
+        by_rank[int(part.path.name[4:9])] += part.end - part.start
+    assert by_rank.total() == sum(live.values())
+    assert max(by_rank.values()) <= 1.1 * min(by_rank.values())

@@ -12,7 +12,7 @@ import torch
 from progscale.checkpoint.reader import load_optimizer, load_weights, verify_together
 from progscale.checkpoint.saver import Saver
 from progscale.checkpoint.store import Store
-from progscale.engine.base import Engine
+from progscale.engine.base import Engine, digest
 from progscale.learning_rate import LearningRate
 from progscale.loop import seed_step
 from progscale.optim import StageBuild
@@ -29,8 +29,10 @@ class Trained:
 
     Attributes:
         losses: by step.
+        optimizer_steps: that the optimizer has taken on each parameter that is live at the end.
         moved: names of frozen parameters that changed in their stage; must stay empty.
-        frozen: element of each frozen parameter's bits, by stage, as hashes.
+        elements: that this rank stores of the model.
+        states: by the step after which it was saved, or loaded: the bits of weights, moments and step counts, as hashes.
     """
 
     losses: dict[int, float] = field(default_factory=dict)
@@ -38,6 +40,7 @@ class Trained:
     optimizer_steps: dict[str, int] = field(default_factory=dict)
     moved: list[str] = field(default_factory=list)
     elements: int = 0
+    states: dict[int, dict[str, str]] = field(default_factory=dict)
 
 
 def make(
@@ -51,36 +54,48 @@ def make(
     return make_engine(module, engine, **settings), builds
 
 
-def train(engine: Engine, build: StageBuild, first: int, trained: Trained) -> None:
-    """The steps of a stage from `first` on; frozen tensors are watched."""
+def train(engine: Engine, build: StageBuild, first: int, trained: Trained, saver: Saver | None, saved: Sequence[int]) -> None:
+    """The steps of a stage from `first` on, saved after those in `saved`; frozen tensors are watched."""
     curve = LearningRate(1e-3, "linear", STEPS, warmup_steps=1, final_fraction=0.1)
     frozen = [name for name in engine.parameters if name not in build.live]
     before = engine.digests(frozen)
+    vocabulary = int(engine.module.config.vocab_size)  # type: ignore[union-attr, arg-type]
     for step in range(first, build.stage.end_step):
         seed_step(7, step, engine.rank)
-        vocabulary = int(engine.module.config.vocab_size)  # type: ignore[union-attr, arg-type]
         batches = share(step, ROWS, vocabulary, engine.rank, engine.world_size, MICRO)
         trained.losses[step] = engine.train_step(batches, ROWS, row_loss, curve(step)).loss
-        yield_to_saver(engine, step + 1, build)
+        if saver is not None and step + 1 in saved:
+            save(engine, saver, step + 1, build)
+            trained.states[step + 1] = state_of(engine)
     after = engine.digests(frozen)
     trained.moved += [name for name in frozen if before[name] != after[name]]
 
 
-def yield_to_saver(engine: Engine, step: int, build: StageBuild) -> None:
-    """Saves where the case asked for it."""
-    saver, steps = _SAVERS.get(id(engine), (None, ()))
-    if saver is not None and step in steps:
-        state = {
-            "step": step,
-            "stage": build.stage.index,
-            "loss_scale": engine.scaler_state(),
-            "parameters": {name: engine.numel(name) for name in engine.parameters},
-        }
-        saver.save(step, state)
-        saver.finish()
+def state_of(engine: Engine) -> dict[str, str]:
+    """A hash of each whole tensor of the state, put together from all ranks' slices: parameter and kind → bits."""
+    own = [
+        (part.name, part.start, {key: value.detach().cpu().clone() for key, value in part.tensors.items()}, dict(part.scalars))
+        for part in engine.own_slices()
+    ]
+    parts = sorted((part for ranks in engine.gather_objects(own) for part in ranks), key=lambda part: part[:2])
+    whole: dict[str, list[torch.Tensor]] = {}
+    for name, _, tensors, scalars in parts:
+        for key, value in {**tensors, **{key: torch.tensor([value]) for key, value in scalars.items()}}.items():
+            if key not in scalars or f"{name} {key}" not in whole:
+                whole.setdefault(f"{name} {key}", []).append(value)
+    return {key: digest(torch.cat(values)) for key, values in whole.items()}
 
 
-_SAVERS: dict[int, tuple[Saver, Sequence[int]]] = {}
+def save(engine: Engine, saver: Saver, step: int, build: StageBuild) -> None:
+    """A checkpoint with as much of a run's state as these runs need."""
+    state = {
+        "step": step,
+        "stage": build.stage.index,
+        "loss_scale": engine.scaler_state(),
+        "parameters": {name: engine.numel(name) for name in engine.parameters},
+    }
+    saver.save(step, state)
+    saver.finish()
 
 
 def run_and_save(
@@ -96,18 +111,26 @@ def run_and_save(
     """The whole run, saved after each of `steps`."""
     made, builds = make(engine, schedule, dict(options or {}), seed=0, **settings)
     saver = Saver(made, Store(Path(folder), keep=100), shard_bytes=shard_bytes, background=background)
-    _SAVERS[id(made)] = (saver, steps)
     trained = Trained()
     for build in builds:
         made.begin_stage(build)
         saver.reserve()
-        train(made, build, build.stage.start_step, trained)
+        train(made, build, build.stage.start_step, trained, saver, steps)
     return finish(made, trained)
 
 
-def go_on(engine: str, folder: str, schedule: str, step: int, options: dict[str, Any] | None = None, **settings: Any) -> Trained:
-    """The rest of the run from the checkpoint of `step`, in a model that begins with other weights."""
+def go_on(
+    engine: str,
+    folder: str,
+    schedule: str,
+    step: int,
+    options: dict[str, Any] | None = None,
+    steps: Sequence[int] = (),
+    **settings: Any,
+) -> Trained:
+    """The rest of the run from the checkpoint of `step`, in a model that begins with other weights; saved again at `steps`."""
     made, builds = make(engine, schedule, dict(options or {}), seed=1, **settings)
+    saver = Saver(made, Store(Path(folder), keep=100), shard_bytes=20_000)
     checkpoint = verify_together(Store(Path(folder)).path_of(step))
     trained = Trained()
     for build in builds:
@@ -117,11 +140,12 @@ def go_on(engine: str, folder: str, schedule: str, step: int, options: dict[str,
             load_weights(checkpoint, made)
             made.begin_stage(build)
             load_optimizer(checkpoint, made)
+            trained.states[step] = state_of(made)
             if made.scales_loss and checkpoint.state["loss_scale"] is not None:
                 made.load_scaler_state(checkpoint.state["loss_scale"])
         else:
             made.begin_stage(build)
-        train(made, build, max(step, build.stage.start_step), trained)
+        train(made, build, max(step, build.stage.start_step), trained, saver, steps)
     return finish(made, trained)
 
 
@@ -130,6 +154,5 @@ def finish(engine: Engine, trained: Trained) -> Trained:
     trained.parameters = everywhere(engine)
     trained.optimizer_steps = steps_by_name(engine)
     trained.elements = sum(part.end - part.start for part in engine.own_slices())
-    _SAVERS.pop(id(engine), None)
     engine.close()
     return trained

@@ -18,7 +18,7 @@ ORDER = [
     *("blocks", "models", "methods", "plan", "paper"),
     *("learning_rate", "optim", "engine"),
     *("tasks", "data"),
-    *("checkpoint", "resume", "signals", "watch"),
+    *("checkpoint", "resume", "verify", "signals", "watch"),
     *("meters", "trackers", "export"),
     *("session", "setup", "loop", "run", "doctor", "cli", "__main__"),
 ]
