@@ -25,16 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ZERO, machine, random_encoder, reset_accelerate, shape_overrides, show_machine, show_table, write_json
+from common import ZERO, machine, random_engine, shape_overrides, show_machine, show_table, write_json
 
-from progscale.blocks import partition
 from progscale.cli import quiet_libraries
-from progscale.engine.base import EngineSettings
-from progscale.engine.launch import create_engine, make_accelerator, set_up_cpu, world_size
-from progscale.engine.loading import load_module
+from progscale.engine.launch import set_up_cpu, world_size
 from progscale.meters import Audit
 from progscale.methods import METHODS
-from progscale.models.loading import find_family
 from progscale.optim import build_for
 from progscale.schedule import build_stages
 
@@ -76,14 +72,9 @@ def live_objects() -> dict[str, int]:
 
 def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
     """All switches of one engine kind."""
-    reset_accelerate()
-    accelerator = make_accelerator(deepspeed=ZERO[kind])
-    request = random_encoder(options.model, **shape_overrides(options.blocks, options.hidden))
-    family = find_family(request, None)
-    torch.manual_seed(0)
-    module = load_module(request, family, ZERO[kind])
-    module.train()
-    parts = partition(module, family)
+    engine, parts = random_engine(
+        kind, options.model, options.precision, options.rows, **shape_overrides(options.blocks, options.hidden)
+    )
     stages = build_stages(
         "progtuning",
         num_blocks=parts.num_blocks,
@@ -93,8 +84,6 @@ def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
         options={},
     )
     builds = build_for(stages, parts, METHODS.get("full")(), weight_decay=0.01)
-    settings = EngineSettings(options.precision, micro_batch_size=options.rows)
-    engine = create_engine(module, settings, accelerator, ZERO[kind])
     # As a run does it: each switch collects the old engine, and would scan all that importing left each time.
     gc.collect()
     gc.freeze()
@@ -127,7 +116,7 @@ def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
     gc.collect()
     result["alive_after_collection"] = live_objects()
     engine.close()
-    del engine, module
+    del engine
     gc.unfreeze()
     gc.collect()
     result["left_after_close"] = live_objects()

@@ -159,7 +159,7 @@ def index_shard(folder: Path, name: str) -> list[Stored]:
             scalars = json.loads((file.metadata() or {}).get(SCALARS, "{}"))
             sizes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (no mapping)
         return _group(path, sizes, scalars)
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise RejectedError(folder, f"{name} is damaged: {type(error).__name__}: {error}") from error
 
 

@@ -45,15 +45,20 @@ class Store:
 
     def clean(self) -> None:
         """Removes what a killed run left half done; a checkpoint that was being replaced comes back."""
+        self.restore()
         for path in self._entries():
-            if path.name.startswith(STAGED):
-                shutil.rmtree(path)
-            elif path.name.startswith(REPLACED):
-                original = self.root / path.name.removeprefix(REPLACED)
-                if original.exists():
+            if path.name.startswith((STAGED, REPLACED)):
+                try:
                     shutil.rmtree(path)
-                else:
-                    os.rename(path, original)
+                except OSError as error:  # a link, a file of somebody else's, no permission: it harms nobody
+                    log.warning("%s is left over, and cannot be deleted (%s)", path, error)
+
+    def restore(self) -> None:
+        """Brings a checkpoint back that was being replaced when its run was killed."""
+        for path in self._entries():
+            original = self.root / path.name.removeprefix(REPLACED)
+            if path.name.startswith(REPLACED) and not os.path.lexists(original):
+                os.rename(path, original)
 
     def candidates(self) -> list[Path]:
         """Checkpoint folders, the highest step first; what lies there is not yet looked into.
@@ -92,8 +97,13 @@ class Store:
         final = self.path_of(step)
         replaced = self.root / f"{REPLACED}{final.name}"
         if final.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
             os.rename(final, replaced)
-        os.rename(staged, final)
+        try:
+            os.rename(staged, final)
+        except OSError:
+            self.restore()
+            raise
         sync_folder(self.root)
         if replaced.exists():
             shutil.rmtree(replaced)
