@@ -7,8 +7,9 @@ The script starts the documented command (launch/launch.sh, --resume auto) and k
 random time, wherever it is then: starting, loading, training, evaluating, saving. Half of the lives write their checkpoints in
 the background. The last life runs to its end.
 
-How to read it: `equal` must be yes in each row. Losses, gradient norms and learning rates are those of every optimizer step, scores
-those of every evaluation; the ledger is updated, planned and skipped by stage; the model is the SHA-256 of its exported weights.
+How to read it: `equal` must be yes in each row. Losses, gradient norms and learning rates are those of every optimizer step,
+scores those of every evaluation; the ledger is updated, planned and skipped parameters by stage; the model is the SHA-256 of its
+exported weights.
 """
 
 from __future__ import annotations

@@ -24,6 +24,9 @@ from progscale.tasks.base import Tokenized
 
 FOLDER = "checkpoints"
 POLICIES = ("auto", "never", "must")
+# Entries of an identity that other entries decide.
+STAGES, EPOCH, MODEL, DATA = "schedule's stages", "steps of an epoch", "model's parameters", "training data"
+DERIVED = frozenset({STAGES, EPOCH, MODEL, DATA})
 
 
 @dataclass(frozen=True)
@@ -104,10 +107,10 @@ def identity_of(
         **decisive_values(config),
         # A folder may lie elsewhere on the next machine: its content counts.
         "model.name": "a local folder" if name is not None and Path(name).exists() else name,
-        "model's parameters": f"{len(shapes)} tensors, {hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]}",
-        "schedule's stages": [stage_values(stage) for stage in stages],
-        "steps of an epoch": steps_per_epoch,
-        "training data": f"{len(splits['train'])} rows, {fingerprint(splits['train'])}",
+        MODEL: f"{len(shapes)} tensors, {hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]}",
+        STAGES: [stage_values(stage) for stage in stages],
+        EPOCH: steps_per_epoch,
+        DATA: f"{len(splits['train'])} rows, {fingerprint(splits['train'])}",
     }
 
 
@@ -152,17 +155,16 @@ def check_same_run(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
     if not isinstance(theirs, dict):
         raise RejectedError(checkpoint.path, "state.json does not say which run it is of")
     ours = json.loads(json.dumps(identity))
-    faults = [
-        Fault(key, f"the checkpoint {checkpoint.path} has {_show(theirs.get(key))}, this run {_show(ours.get(key))}")
-        for key in sorted({*theirs, *ours})
-        if theirs.get(key) != ours.get(key)
-    ]
-    if faults:
-        raise ConfigError(faults, "--resume: not the same run (start it anew with --resume never, or restore these values)")
-
-
-def _show(value: Any) -> str:
-    return json.dumps(value) if not isinstance(value, str) or len(value) < 60 else value
+    different = [key for key in sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key)]
+    # What follows from other options is news only where they are alike (somebody's own schedule, other data).
+    told = [key for key in different if key not in DERIVED] or different
+    if told:
+        faults = [
+            Fault(key, f"the checkpoint has {json.dumps(theirs.get(key))}, this run {json.dumps(ours.get(key))}") for key in told
+        ]
+        raise ConfigError(
+            faults, f"--resume: {checkpoint.path} is of another run (restore these values, or start anew with --resume never)"
+        )
 
 
 def derive_stage(stages: Sequence[Stage], checkpoint: Checkpoint) -> Stage:

@@ -335,7 +335,7 @@ def check_same_on_all_ranks(config: Config) -> None:
     Raises:
         ConfigError: naming the ranks that differ from rank 0.
     """
-    hashes = ranks.gather_objects((config_hash(config), code_hash()))
+    hashes = ranks.gather_objects((json.dumps(dump_config(config), sort_keys=True), code_hash()))
     for index, what in enumerate(("config", "code of progscale")):
         differ = [rank for rank, entry in enumerate(hashes) if entry[index] != hashes[0][index]]
         if differ:

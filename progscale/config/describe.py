@@ -37,9 +37,9 @@ def describe_schema() -> list[Option]:
 
 
 def config_hash(config: Config) -> str:
-    """SHA-256 of what decides the run: everything but its name, its output folder and the description."""
+    """SHA-256 of what makes it this run: all but its name, its output folder, the description, and when it is saved."""
     values = dump_config(config)
-    del values["description"], values["run"]["name"], values["run"]["output_dir"]
+    del values["description"], values["run"]["name"], values["run"]["output_dir"], values["checkpoint"]
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 

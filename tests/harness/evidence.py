@@ -61,7 +61,16 @@ def all_finite(checkpoint: Path) -> bool:
 
 def leftovers(folder: Path) -> list[str]:
     """What lies in the folder of a finished run and should not: halves of files, staged checkpoints, old models."""
-    expected = {"config.json", "plan.json", "metrics.jsonl", "metrics.discarded.jsonl", "summary.json", "model", "checkpoints", ".lock"}
+    expected = {
+        "config.json",
+        "plan.json",
+        "metrics.jsonl",
+        "metrics.discarded.jsonl",
+        "summary.json",
+        "model",
+        "checkpoints",
+        ".lock",
+    }
     found = [entry.name for entry in folder.iterdir() if entry.name not in expected]
     found += [entry.name for entry in (folder / "checkpoints").iterdir() if not entry.name.startswith(("step-", "latest.json"))]
     return sorted(found)

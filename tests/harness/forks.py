@@ -24,7 +24,19 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # What a launcher or an earlier run leaves in the environment, and a rank must not find.
-LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC", "TORCH_ELASTIC", "PET_", "ACCELERATE", "PROGSCALE")
+LAUNCHER = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_",
+    "MASTER_",
+    "GROUP_",
+    "ROLE_",
+    "TORCHELASTIC",
+    "TORCH_ELASTIC",
+    "PET_",
+    "ACCELERATE",
+    "PROGSCALE",
+)
 # Most of a run's time, where the run itself imports them.
 HEAVY = (
     *("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "evaluate", "transformers.models.bert.modeling_bert"),
@@ -230,7 +242,10 @@ def kill_at_line(function: str, count: int) -> None:
     import importlib
 
     module, _, name = function.partition(":")
-    code: CodeType = getattr(importlib.import_module(module), name).__code__
+    owner: Any = importlib.import_module(module)
+    for part in name.split("."):
+        owner = getattr(owner, part)
+    code: CodeType = owner.__code__
     seen = 0
 
     def in_function(frame: FrameType, event: str, argument: Any) -> Any:

@@ -107,7 +107,7 @@ def count(changes: int) -> None:
 if LARGEST in os.environ:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ[LARGEST]), resource.RLIM_INFINITY))
 RANK = os.environ.get("RANK", "0")
-if AT in os.environ and RANK == os.environ[ON]:
+if AT in os.environ and os.environ[ON] == RANK:
     count(PLACE - int(os.environ[AT]))
-if RANK != os.environ.get(ALONE, RANK):
+if os.environ.get(ALONE, RANK) != RANK:
     count(ASIDE)

@@ -68,6 +68,7 @@ def test_dump_writes_every_option_and_loads_again() -> None:
 def test_hash_leaves_out_names_and_folders() -> None:
     base = config_hash(load_config())
     assert config_hash(load_config([{"description": "x"}], ["run.name=a", "run.output_dir=b"])) == base
+    assert config_hash(load_config([], ["checkpoint.every_steps=10"])) == base
     assert config_hash(load_config([], ["run.seed=43"])) != base
     assert config_hash(load_config([], ["train.epochs=3"])) == base
     assert config_hash(load_config([dump_config(load_config())])) == base
