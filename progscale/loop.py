@@ -62,6 +62,7 @@ def train(session: Session) -> dict[str, Any]:
         s.log("stage", **record.to_json())
     s.publish(wait=True)
     s.console.end()
+    s.sign("exporting")
     if config.train.save_model == "last":
         export_model(engine, s.tokenizer, s.model_path, step=progress.step, metrics=progress.metrics)
     return finish(s, progress)

@@ -15,6 +15,7 @@ import xxhash
 from progscale.blocks import Partition
 from progscale.checkpoint.manifest import MANIFEST
 from progscale.checkpoint.reader import Checkpoint, open_checkpoint, verify_together
+from progscale.checkpoint.state import check_state
 from progscale.checkpoint.store import Store
 from progscale.config import Config, decisive_values
 from progscale.engine import ranks
@@ -149,11 +150,9 @@ def check_same_run(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
 
     Raises:
         ConfigError: with both values of each difference.
-        RejectedError: the checkpoint does not say what it is of, or contradicts itself.
+        RejectedError: its state.json lacks something, or contradicts itself.
     """
-    theirs = checkpoint.state.get("run")
-    if not isinstance(theirs, dict):
-        raise RejectedError(checkpoint.path, "state.json does not say which run it is of")
+    theirs = check_state(checkpoint.path, checkpoint.state).run
     ours = json.loads(json.dumps(identity))
     different = [key for key in sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key)]
     # What follows from other options is news only where they are alike (somebody's own schedule, other data).

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from progscale.config import Config
-from progscale.errors import PreemptedError, ProgscaleError
+from progscale.errors import AuditError, NonFiniteError, PreemptedError, ProgscaleError
 from progscale.loop import train
 from progscale.session import Session
 from progscale.setup import Permissions, prepare
@@ -64,6 +64,8 @@ def run_session(session: Session) -> None:
         raise
     except BaseException as error:
         session.console.end()  # a live progress bar holds stderr
+        if isinstance(error, NonFiniteError | AuditError):
+            session.publish(wait=True)  # of a step before: all ranks are here, and it is whole
         # Every rank meets an error of ours; any other may have met this rank alone, and the others wait in a collective.
         if isinstance(error, ProgscaleError) or engine.world_size == 1:
             session.close()

@@ -82,6 +82,10 @@ class Session:
     unlogged: list[float] = field(default_factory=list)
     _written_everywhere: bool = False
 
+    def __post_init__(self) -> None:
+        # A rank that writes a large checkpoint is not silent.
+        self.saver.sign = lambda: self.sign("saving")
+
     @property
     def evaluation_splits(self) -> dict[str, Tokenized]:
         """All splits but "train"."""

@@ -78,17 +78,17 @@ class Saver:
         store: where to.
         shard_bytes: size of a file at most.
         background: copy the state and write it in a thread.
+
+    Attributes:
         sign: called between files: the rank is alive.
     """
 
-    def __init__(
-        self, engine: Engine, store: Store, *, shard_bytes: int, background: bool = False, sign: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, engine: Engine, store: Store, *, shard_bytes: int, background: bool = False) -> None:
         self._engine = engine
         self._store = store
         self._shard_bytes = shard_bytes
         self._background = background
-        self._sign = sign
+        self.sign: Callable[[], None] = lambda: None
         self._pending: _Pending | None = None
         self._copy = torch.empty(0, dtype=torch.uint8)
         self._reserving: threading.Thread | None = None
@@ -149,7 +149,7 @@ class Saver:
         if pending.thread is not None:
             while pending.thread.is_alive():
                 pending.thread.join(1.0)
-                self._sign()
+                self.sign()
         parts: list[_Part] = self._engine.gather_objects(pending.part)
         failures = [f"rank {rank}: {part.failure}" for rank, part in enumerate(parts) if part.failure]
         needed = sum(part.bytes for part in parts)
@@ -176,7 +176,7 @@ class Saver:
             for number, shard in enumerate(shards.shards_of(slices, self._shard_bytes)):
                 name = f"rank{rank:05d}-{number:05d}.safetensors"
                 part.files[name] = shards.write_shard(pending.staged / name, shard.tensors, shard.metadata())
-                self._sign()
+                self.sign()
         except Exception as error:
             # Any error must reach the vote: the other ranks wait there.
             part.failure = f"{type(error).__name__}: {error}" if not isinstance(error, OSError) else str(error)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from progscale.session import Session
+from progscale.tasks.demo import DemoTask
 from tests.harness.programs import Answer, in_process, records, settings, summary_of
 
 VARYING = ("train_seconds", "switch_seconds", "audit_seconds", "evaluation_seconds", "saving_seconds", "total_seconds", "stages")
@@ -230,6 +231,22 @@ def test_one_process_at_a_time(told: type[Told], tmp_path: Path) -> None:
         assert "another process is at work" in answer.err
     held.release()
     assert train(tmp_path, "--resume", "auto").code == 0
+
+
+def test_what_was_on_its_way_is_published(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A loss that is not finite ends the run; the background save of the step before is whole, and stays."""
+
+    def loss(self: DemoTask, outputs: Any, labels: Any) -> torch.Tensor:
+        value = original(self, outputs, labels)
+        calls.extend([1] * torch.is_grad_enabled())
+        return value * float("nan") if len(calls) == 3 else value
+
+    original, calls = DemoTask.loss, list[int]()
+    monkeypatch.setattr(DemoTask, "loss", loss)
+    monkeypatch.setattr("progscale.session.Session.publish_due", property(lambda self: False))
+    answer = train(tmp_path, checkpoint__background=True, checkpoint__every_steps=2, checkpoint__at_stages=False)
+    assert answer.code == 3
+    assert [path.name for path in (tmp_path / "a" / "checkpoints").glob("*-*")] == ["step-00000002"]
 
 
 def test_verify(told: type[Told], tmp_path: Path) -> None:

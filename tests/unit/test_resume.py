@@ -27,7 +27,21 @@ STAGES = build_stages("progtuning", num_blocks={"blocks": 4}, stages=3, total_st
 def publish(root: Path, step: int, **state: Any) -> Path:
     """A checkpoint without tensors."""
     store = Store(root, keep=10)
-    return store.publish(store.begin(step), step, {"step": step, "parameters": {}, "run": IDENTITY, "stage": 1, **state}, {})
+    content = {**saved_state(step), **state}
+    return store.publish(store.begin(step), step, content, {})
+
+
+def saved_state(step: int) -> dict[str, Any]:
+    """All that state.json must have."""
+    seconds = dict.fromkeys(("evaluation_seconds", "saving_seconds", "switch_seconds", "earlier_seconds"), 0.5)
+    progress = {"step": step, "stage": 1, "evaluation_due": False, "metrics": {"loss": "nan"}, "best": {}, "best_step": 0}
+    meter = dict.fromkeys(("rows", "tokens", "skipped_steps", "volume_before"), 0)
+    return {
+        **{"step": step, "stage": 1, "run": IDENTITY, "engine": "plain", "world_size": 1, "versions": {}, "loss_scale": None},
+        **{"learning_rate": 0.1, "unlogged": [], "metrics_bytes": 0, "parameters": {}},
+        "progress": {**progress, **seconds, "stages": [], "skipped_in_a_row": 0, "carried": "none"},
+        "meter": {**meter, "seconds": 0.0, "audit_seconds": 0.0, "peak": {}},
+    }
 
 
 def test_the_newest_is_taken(tmp_path: Path) -> None:
@@ -98,10 +112,18 @@ def test_what_follows_is_told_only_where_nothing_else_is(tmp_path: Path) -> None
     assert [fault.key for fault in caught.value.faults] == ["schedule.name"]
 
 
-def test_a_state_that_names_no_run(tmp_path: Path) -> None:
-    publish(tmp_path / "checkpoints", 1, run=None)
-    with pytest.raises(RejectedError, match="does not say which run it is of"):
-        find_checkpoint("must", tmp_path, IDENTITY)
+@pytest.mark.parametrize("key", sorted(saved_state(1).keys() - {"step"}))
+def test_a_state_that_lacks_something(tmp_path: Path, key: str) -> None:
+    """Its hashes are right: somebody made it so."""
+    path = publish(tmp_path, 1, **{key: [None] if key in ("run", "loss_scale") else {"step": []}})
+    with pytest.raises(RejectedError, match=rf"state\.json: {key}|does not belong to its manifest"):
+        check_same_run(open_checkpoint(path), IDENTITY)
+
+
+def test_a_state_that_contradicts_itself(tmp_path: Path) -> None:
+    path = publish(tmp_path, 1, progress={**saved_state(1)["progress"], "step": 2})
+    with pytest.raises(RejectedError, match="contradicts itself"):
+        check_same_run(open_checkpoint(path), IDENTITY)
 
 
 @pytest.mark.parametrize(
