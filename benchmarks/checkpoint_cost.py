@@ -67,7 +67,7 @@ def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
         engine.train_step([batch(index, engine.rank, 1, 8)], engine.world_size, row_loss, 1e-5)
 
     step(0)
-    state = {"parameters": {name: engine.numel(name) for name in engine.parameters}, "stage": 1, "loss_scale": None}
+    state = {"parameters": engine.sizes(), "stage": 1, "loss_scale": None}
     shard = options.shard_megabytes * 2**20
     fore = Saver(engine, Store(folder / "fore"), shard_bytes=shard)
     back = Saver(engine, Store(folder / "back"), shard_bytes=shard, background=True)

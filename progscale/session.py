@@ -212,7 +212,7 @@ class Session:
             "config": dump_config(self.config),
             "versions": self.environment["versions"],
             "metrics_bytes": self.folder.sync() if self.folder is not None else 0,
-            "parameters": {name: self.engine.numel(name) for name in self.engine.parameters},
+            "parameters": self.engine.sizes(),
         }
         self._report(lambda: self.saver.save(step, encode_numbers(state), wait=self.stopping))
         return time.perf_counter() - begin

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -286,25 +286,44 @@ class Engine(ABC):
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
     def own_slices(self) -> Iterator[Slice]:
-        """What this rank stores: views of its optimizer's shards, and of the frozen parameters that it holds.
+        """What this rank stores: views of its optimizer's shards, and of the frozen parameters and buffers that it holds.
 
-        Over all ranks every element of every parameter comes once; what several ranks hold is shared out among them.
+        Over all ranks every element comes once; what several ranks hold is shared out among them.
         """
         assert self.build is not None
         live, frozen = list(slices_of(self.shards())), [name for name in self.parameters if name not in self.build.live]
-        held = [
-            Slice(name, start, start + flat.numel(), {MASTER: flat}, {}) for name in frozen for start, flat in [self.held(name)]
-        ]
         yield from live if self.partitions_state else deal(live, self.rank, self.world_size)
+        held = self._slices_held(frozen)
         yield from held if self.partitions_parameters else deal(held, self.rank, self.world_size)
+        if self.is_main:
+            yield from self._slices_held(self.buffers)
+
+    def _slices_held(self, names: Iterable[str]) -> list[Slice]:
+        ranges = [(name, *self.held(name)) for name in names]
+        return [Slice(name, start, start + flat.numel(), {MASTER: flat}, {}) for name, start, flat in ranges]
 
     def held(self, name: str) -> tuple[int, torch.Tensor]:
-        """What this rank holds of a parameter: the first element, and a flat view of the rest of its range."""
-        return 0, self.parameters[name].detach().view(-1)
+        """What this rank holds of a parameter or buffer: the first element, and a flat view of the rest of its range."""
+        tensor = self.parameters[name] if name in self.parameters else self.buffers[name]
+        return 0, tensor.detach().view(-1)
 
-    def numel(self, name: str) -> int:
-        """Elements of a whole parameter, also where this rank holds only a part of it."""
-        return self.parameters[name].numel()
+    def sizes(self) -> dict[str, int]:
+        """Elements of every whole parameter and buffer that a checkpoint has, also where this rank holds only a part."""
+        buffers = {name: buffer.numel() for name, buffer in self.buffers.items()}
+        return {name: self._numel(parameter) for name, parameter in self.parameters.items()} | buffers
+
+    def _numel(self, parameter: torch.nn.Parameter) -> int:
+        return parameter.numel()
+
+    @property
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """Tensors of the model that are no parameters and belong to its saved state (running statistics)."""
+        found = {}
+        for prefix, child in self.module.named_modules():
+            for key, buffer in child._buffers.items():
+                if buffer is not None and key not in child._non_persistent_buffers_set:
+                    found[f"{prefix}.{key}" if prefix else key] = buffer
+        return found
 
     # -- talk between ranks ---------------------------------------------------------------------------------------
 

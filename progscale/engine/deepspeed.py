@@ -246,7 +246,9 @@ class DeepSpeedEngine(Engine):
         return self._held(name).detach()
 
     def held(self, name: str) -> tuple[int, torch.Tensor]:
-        """This rank's partition, without its padding, or the whole parameter where it is not partitioned."""
+        """This rank's partition, without its padding, or the whole where it is not partitioned."""
+        if name not in self.parameters:
+            return super().held(name)
         parameter: Any = self.parameters[name]
         flat = self._held(name).detach().view(-1)
         if not hasattr(parameter, "ds_tensor"):
@@ -254,9 +256,7 @@ class DeepSpeedEngine(Engine):
         start = self.rank * flat.numel()
         return start, flat[: max(0, int(parameter.ds_numel) - start)]
 
-    def numel(self, name: str) -> int:
-        """Elements of the whole parameter."""
-        parameter = self.parameters[name]
+    def _numel(self, parameter: torch.nn.Parameter) -> int:
         return int(getattr(parameter, "ds_numel", parameter.numel()))
 
     def digests(self, names: Sequence[str]) -> dict[str, str]:

@@ -92,7 +92,7 @@ def save(engine: Engine, saver: Saver, step: int, build: StageBuild) -> None:
         "step": step,
         "stage": build.stage.index,
         "loss_scale": engine.scaler_state(),
-        "parameters": {name: engine.numel(name) for name in engine.parameters},
+        "parameters": engine.sizes(),
     }
     saver.save(step, state)
     saver.finish()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness.evidence import evidence
+from tests.harness.evidence import evidence, leftovers
 from tests.harness.interrupted import BOUNDARIES, STEPS, Runs, same, twelve
 from tests.harness.launches import Launch
 from tests.harness.programs import records
@@ -125,7 +125,7 @@ def test_killed_in_an_evaluation(runs: Runs, tmp_path: Path, batch: int) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
-@pytest.mark.parametrize("seed", [100, 101, 102])
+@pytest.mark.parametrize("seed", [100, 101])
 def test_two_ranks_killed_anywhere(runs: Runs, tmp_path: Path, engine: str, seed: int) -> None:
     case = Case.drawn(seed, ["progtuning"])
     print(f"seed {seed}: {case}")
@@ -171,7 +171,12 @@ def test_killed_at_every_line_of_two_exports(runs: Runs, tmp_path: Path) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "line"),
-    [("progscale.loop:finish", 1), ("progscale.trackers:RunFolder.write", 1), ("progscale.loop:export_model", 1)],
+    # The third file that a run folder writes by these four lines is summary.json.
+    [
+        ("progscale.export:export_model", 1),
+        ("progscale.loop:finish", 1),
+        *(("progscale.trackers:RunFolder.write", number) for number in range(9, 13)),
+    ],
 )
 def test_killed_at_the_very_end(runs: Runs, tmp_path: Path, function: str, line: int) -> None:
     """All steps are done; what is left is to export, and to sum up."""
@@ -179,3 +184,64 @@ def test_killed_at_the_very_end(runs: Runs, tmp_path: Path, function: str, line:
     (ended,) = runs.train(tmp_path, kill_line=(function, line), **settings)
     assert ended.code == KILLED, ended.err
     runs.finish(tmp_path, **settings)
+
+
+# -- under the launcher ---------------------------------------------------------------------------------------------
+
+
+def relaunch_and_compare(runs: Runs, folder: Path, cache: Path, engine: str) -> None:
+    """The run goes on under the launcher, to the bits of one that was never killed."""
+    with Launch(folder, [*twelve(folder, engine), "--resume", "auto"], ranks=2, cache=cache) as launch:
+        finished = launch.finish()
+    assert finished.code == 0, finished.err
+    same(evidence(folder / "a"), runs.whole(engine))
+    assert leftovers(folder / "a") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "fault"),
+    [("zero2", "kill@step=2"), ("zero2", "kill@midstep=8"), ("zero3", "kill@step=6"), ("zero3", "kill@save=3")],
+)
+def test_a_launch_killed_with_all_its_ranks(runs: Runs, tmp_path: Path, cache: Path, engine: str, fault: str) -> None:
+    with Launch(tmp_path, [*twelve(tmp_path, engine), "--resume", "auto"], ranks=2, cache=cache, fault=fault) as launch:
+        finished = launch.finish()
+    assert finished.code == 1
+    assert finished.err.count("injected on rank") >= 1
+    assert not (tmp_path / "a" / "summary.json").exists()
+    relaunch_and_compare(runs, tmp_path, cache, engine)
+
+
+def one_rank_killed(folder: Path, cache: Path, engine: str, fault: str, rank: int) -> None:
+    """The others wait for it in a collective, and the launcher for the others, 600 s long: the survivor must end itself."""
+    with Launch(folder, twelve(folder, engine), ranks=2, cache=cache, fault=f"{fault},rank={rank}") as launch:
+        launch.wait_until(lambda: "injected on rank" in launch.err)
+        finished = launch.finish(60)
+    assert finished.left == (), f"still there after {finished.seconds:.0f} s\n{finished.err}"
+    assert finished.code == 1
+    assert finished.exits == {1 - rank: 1}
+    assert f"progscale: [rank {1 - rank}] the run ends: rank {rank} is gone" in finished.err
+    assert records(folder / "a", "step"), "it was to be killed while training"
+    assert not (folder / "a" / "PREEMPTED").exists(), "nobody told the run to stop"
+
+
+def test_one_rank_killed(runs: Runs, tmp_path: Path, cache: Path) -> None:
+    one_rank_killed(tmp_path, cache, "ddp", "kill@step=7", 1)
+    runs.finish(tmp_path, "ddp")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "fault", "rank"),
+    [
+        ("zero2", "kill@step=5", 0),
+        ("zero3", "kill@step=5", 1),
+        ("ddp", "kill@collective=40", 0),
+        ("zero2", "kill@collective=60", 1),
+    ],
+)
+def test_one_rank_killed_at_a_step_or_in_a_collective(
+    runs: Runs, tmp_path: Path, cache: Path, engine: str, fault: str, rank: int
+) -> None:
+    one_rank_killed(tmp_path, cache, engine, fault, rank)
+    runs.finish(tmp_path, engine)
