@@ -15,12 +15,12 @@ exported weights.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 from common import (
     DATA,
     REPOSITORY,
@@ -77,12 +78,22 @@ def live(options: argparse.Namespace, output: Path, log: Path, seconds: float | 
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            kill_all(process.pid)
             process.wait()
             return False
     if code:
         raise SystemExit(f"the run failed with exit code {code}; see {log}")
     return True
+
+
+def kill_all(pid: int) -> None:
+    """SIGKILL to a process and all below it; the launcher's workers have sessions of their own."""
+    launcher = psutil.Process(pid)
+    # Stopped first: it can neither start another one meanwhile, nor pass anything on.
+    launcher.suspend()
+    for process in [*launcher.children(recursive=True), launcher]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def reached(output: Path) -> tuple[int, int]:

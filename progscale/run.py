@@ -30,8 +30,8 @@ def run(
         return 0
     folder = Path(config.run.output_dir) / config.run_name
     signals = Signals()
-    signals.install(lambda: mark_preempted(folder, None, signals.received))
     try:
+        signals.install(lambda: mark_preempted(folder, None, signals.received))
         session = prepare(config, permissions, resume=resume, signals=signals)
         assert isinstance(session, Session)
         # From here on there is something to save: a signal is a flag that the ranks tell each other.

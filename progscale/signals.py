@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -38,6 +40,8 @@ class Signals:
         self.training = False
         self._on_leave: Callable[[], None] = lambda: None
         self._before: dict[int, Any] = {}
+        self._wakeup_before = -1
+        self._there: socket.socket | None = None
 
     def install(self, on_leave: Callable[[], None] = lambda: None) -> None:
         """Takes over the signals, in the main thread only: elsewhere Python has none.
@@ -51,19 +55,23 @@ class Signals:
         here, there = socket.socketpair()
         there.setblocking(False)
         # A handler of Python's waits until compiled code returns; the number arrives here at once.
-        signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._listen, args=(here, there), name="signals", daemon=True).start()
+        self._wakeup_before, self._there = signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False), there
+        threading.Thread(target=self._listen, args=(here,), name="signals", daemon=True).start()
         for number in SIGNALS:
             self._before[number] = signal.signal(number, self._handle)
         follow_the_launcher()
 
     def uninstall(self) -> None:
         """Gives the signals back to whoever had them."""
-        if self._before:
-            signal.set_wakeup_fd(-1)
+        if self._there is None:
+            return
+        signal.set_wakeup_fd(self._wakeup_before)
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
+        # The thread at the other end sees it, and ends.
+        self._there.close()
+        self._there = None
 
     def mark(self) -> None:
         """Leaves word that the run was stopped before it began."""
@@ -80,7 +88,7 @@ class Signals:
             if not self.training:
                 raise PreemptedError(before_training(self.received))
 
-    def _listen(self, here: socket.socket, there: socket.socket) -> None:
+    def _listen(self, here: socket.socket) -> None:
         pressed: float | None = None
         while received := here.recv(1):
             number = received[0]
@@ -93,7 +101,8 @@ class Signals:
             if not self.training:
                 # The handler's exception may be late, or raised where exceptions are dropped.
                 time.sleep(LEAVE_SECONDS)
-                if not self.training:
+                # A caller that has dealt with the exception goes on (a notebook).
+                if not self.training and self._there is not None:
                     self.leave()
 
 
@@ -113,3 +122,12 @@ def follow_the_launcher() -> None:
     if set_option is not None:  # Linux
         parent_death_signal = 1
         set_option(parent_death_signal, int(signal.SIGTERM), 0, 0, 0)
+    if is_orphan():  # it died before the kernel was asked
+        raise PreemptedError("the launcher is gone: nothing is lost; start it again")
+
+
+def is_orphan() -> bool:
+    """Whether the process that started this one is gone, and the system's first process stands in for it."""
+    first = Path("/proc/1/cmdline")
+    # In a container the launcher may itself be the first process.
+    return os.getppid() == 1 and first.exists() and not re.search(rb"python|accelerate|torchrun", first.read_bytes())

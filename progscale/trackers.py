@@ -81,7 +81,7 @@ class RunFolder:
             return
         try:
             owner = json.loads(there.read_text(encoding="utf-8"))["hash"]
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             owner = None  # damaged, or somebody else's config.json
         if owner is None or (named and owner != config_hash):
             other = "a config.json that is not a run's" if owner is None else "a run of another config"

@@ -7,6 +7,7 @@ their square), and how often they showed a sign of progress.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import faulthandler
 import json
@@ -27,6 +28,10 @@ BEAT_SECONDS = 2.0
 SILENT_BEATS = 30
 # The store may be slow, or its host be gone: then collectives fail as well.
 STORE_SECONDS = 10.0
+# A rank that was told the end and is still there after so long does not run Python at all (a deadlock in compiled code).
+HEED_SECONDS = 10.0
+HANGS = "no progress for"
+STOPPED = ("T", "t")
 
 
 class Watch:
@@ -59,9 +64,15 @@ class Watch:
         self._thread.start()
 
     def sign(self, where: str | None = None) -> None:
-        """This rank goes on; `where` says what it is doing."""
-        self._signs += 1
-        self._where = where or self._where
+        """This rank goes on.
+
+        Args:
+            where: what it is doing. Signs that say so are counted, and told to the others: every rank must give as many, or
+                they cannot be compared. None says no more than that this rank is alive, from any thread.
+        """
+        if where is not None:
+            self._signs += 1
+            self._where = where
         self._signed = time.monotonic()
 
     def stop(self) -> None:
@@ -78,14 +89,18 @@ class Watch:
     def failed(self, what: str) -> None:
         """Tells the other ranks why this one ends, and ends those on this node that are stopped and would never hear of it."""
         self._done.set()
-        if self._store is None:
-            return
         try:
-            if not self._store.check(["failed"]):
-                self._store.set("failed", f"rank {self.rank}: {what}")
+            self._tell(what)
             self._kill_stopped()
         except RuntimeError:
             self._store = None
+
+    def _tell(self, what: str) -> bool:
+        """Tells the other ranks why the run ends; returns whether this rank is the first to say so."""
+        if self._store is None:
+            return False
+        told = f"rank {self.rank}: {what}"
+        return self._store.compare_set("failed", "", told).decode() == told
 
     def gone(self, patience_seconds: float = 2.0) -> list[int]:
         """Ranks of this node whose process ended without a word; after an error in a collective the likely cause."""
@@ -102,27 +117,27 @@ class Watch:
             time.sleep(0.1)
 
     def _run(self) -> None:
-        unreachable = 0
+        reached = time.monotonic()
         beats, silent = -1, 0
         while not self._done.wait(min(BEAT_SECONDS, self.timeout_seconds / 4)):
             if time.monotonic() - self._signed > self.timeout_seconds:
-                self._end(self._hang(), dump=True)
+                self._end(self._hang(), dump=True, tell=True)
             if self._store is None:
                 continue
             try:
                 if self._store.check(["failed"]):
-                    self._end(self._store.get("failed").decode())
+                    what = self._store.get("failed").decode()
+                    self._end(what, dump=HANGS in what)
                 self._store.add(f"beat/{self.rank}", 1)
                 self._store.set(f"signs/{self.rank}", json.dumps([self._signs, self._where]))
-                unreachable = 0
+                reached = time.monotonic()
                 seen = self._store.add(f"beat/{self._next}", 0)
                 silent = silent + 1 if seen == beats else 0
                 beats = seen
                 if self._is_gone(self._next, silent):
                     self._end(f"rank {self._next} is gone", tell=True)
             except RuntimeError:  # torch's DistError
-                unreachable += 1
-                if unreachable * BEAT_SECONDS > STORE_SECONDS:
+                if time.monotonic() - reached > STORE_SECONDS:
                     if self._stopping():
                         return
                     self._end("the launcher's store cannot be reached: the launcher or its node is gone")
@@ -144,14 +159,23 @@ class Watch:
 
     def _hang(self) -> str:
         """Who has shown the fewest signs of progress, and where it stands."""
-        what = f"no progress for {self.timeout_seconds:.0f} s (engine.timeout_seconds)"
+        what = f"{HANGS} {self.timeout_seconds:.0f} s (engine.timeout_seconds)"
         if self._store is None:
             return f"{what} while {self._where}"
-        signs: dict[int, tuple[int, str]] = {self.rank: (self._signs, self._where)}
-        for rank in range(self.world_size):
-            if rank != self.rank and self._store.check([f"signs/{rank}"]):
-                count, where = json.loads(self._store.get(f"signs/{rank}"))
-                signs[rank] = (count, where)
+        # One that is stopped before its first beat has told nothing yet.
+        signs: dict[int, tuple[int, str]] = dict.fromkeys(range(self.world_size), (0, "starting"))
+        signs[self.rank] = (self._signs, self._where)
+        try:
+            for rank in range(self.world_size):
+                if rank != self.rank and self._store.check([f"signs/{rank}"]):
+                    count, where = json.loads(self._store.get(f"signs/{rank}"))
+                    signs[rank] = (count, where)
+            stopped = [rank for rank in signs if rank != self.rank and self._state_of(rank) in STOPPED]
+        except RuntimeError:
+            return f"{what} while {self._where}; the launcher's store cannot be reached"
+        if stopped:
+            last_seen = ", ".join(f"rank {rank} (last seen: {signs[rank][1]})" for rank in stopped)
+            return f"{what}; stopped by a signal: {last_seen}"
         fewest = min(count for count, _ in signs.values())
         late = [f"rank {rank} ({where})" for rank, (count, where) in sorted(signs.items()) if count == fewest]
         if len(late) == self.world_size:
@@ -163,21 +187,53 @@ class Watch:
         if self._done.is_set():  # the main thread has met the end itself
             return
         if dump:
+            print(f"progscale: [rank {self.rank}] stands here:", file=sys.stderr, flush=True)
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-        if dump or tell:
-            self.failed(what)
         print(f"progscale: [rank {self.rank}] the run ends: {what}", file=sys.stderr, flush=True)
+        if tell:
+            self._done.set()
+            try:
+                if self._tell(what):
+                    self._kill_stopped()
+                    self._kill_deaf()
+            except RuntimeError:
+                pass  # the launcher is gone too
         os._exit(1)
 
     def _kill_stopped(self) -> None:
         """A process that somebody stopped (SIGSTOP) hears no SIGTERM, and the launcher would wait for it."""
-        assert self._store is not None
         for rank in range(self.world_size):
-            if rank == self.rank or not self._store.check([f"who/{rank}"]):
-                continue
-            host, process = json.loads(self._store.get(f"who/{rank}"))
-            if host == socket.gethostname() and process_state(process) in ("T", "t"):
+            if rank != self.rank and self._state_of(rank) in STOPPED:
+                self._kill(rank)
+
+    def _kill_deaf(self) -> None:
+        """Ends those on this node that do not end by themselves: the launcher waits for them as long as for a save."""
+        until = time.monotonic() + HEED_SECONDS
+        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        while others := [rank for rank in others if self._state_of(rank) not in (None, "", "Z")]:
+            if time.monotonic() > until:
+                for rank in others:
+                    self._kill(rank)
+                return
+            time.sleep(0.1)
+
+    def _kill(self, rank: int) -> None:
+        process = self._process_of(rank)
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
+
+    def _process_of(self, rank: int) -> int | None:
+        """The process of a rank on this node; None elsewhere."""
+        if self._store is None or not self._store.check([f"who/{rank}"]):
+            return None
+        host, process = json.loads(self._store.get(f"who/{rank}"))
+        return int(process) if host == socket.gethostname() else None
+
+    def _state_of(self, rank: int) -> str | None:
+        """As `process_state`; None where the rank is on another node, or has not begun."""
+        process = self._process_of(rank)
+        return None if process is None else process_state(process)
 
 
 def process_state(process: int) -> str:

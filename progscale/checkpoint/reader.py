@@ -123,9 +123,7 @@ def check_cover(checkpoint: Checkpoint, stored: Iterable[Stored]) -> None:
         for kind, found in kinds.items():
             end = 0
             for start, stop in sorted(found):
-                if start != end:
-                    break
-                end = stop
+                end = stop if start == end else -1  # which no start is
             if end != numel:
                 raise RejectedError(checkpoint.path, f"{kind} of {name} has not each of its {numel} elements once")
 

@@ -22,6 +22,33 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
 
 
+class SavedStage(Part):
+    """A finished stage: `progscale.meters.StageRecord`, which is made of it as it is."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    stage: Annotated[int, Field(ge=1)]
+    first_block: int | dict[str, int]
+    embeddings_live: bool
+    start_step: Count
+    end_step: Count
+    trainable_parameters: Count
+    planned_updated_parameters: float
+    updated_parameters: float
+    skipped_steps: Count
+    train_seconds: float
+    switch_seconds: float
+    audit_seconds: float
+    samples_per_second: float
+    tokens_per_second: float
+    peak_memory_bytes: Count
+    optimizer_state_bytes: Count
+    frozen_changed: Count
+    carried: str
+    peak_reserved_bytes: Count | None = None
+    peak_resident_bytes: Count | None = None
+
+
 class SavedProgress(Part):
     """What the loop had shown: `progscale.loop.Progress`."""
 
@@ -31,7 +58,7 @@ class SavedProgress(Part):
     metrics: dict[str, Number]
     best: dict[str, Number]
     best_step: Count
-    stages: list[dict[str, Any]]
+    stages: list[SavedStage]
     evaluation_seconds: float
     saving_seconds: float
     switch_seconds: float

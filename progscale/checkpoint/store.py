@@ -127,6 +127,7 @@ class Store:
     def _point_to(self, final: Path, step: int) -> None:
         """For people and scripts; a run that resumes reads the manifests."""
         partial = self.root / f".{LATEST}"
+        partial.unlink(missing_ok=True)  # it may be a link that somebody put there
         write_durably(partial, (json.dumps({"step": step, "path": final.name}) + "\n").encode())
         os.replace(partial, self.root / LATEST)
 

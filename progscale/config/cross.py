@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any, Protocol
 
 from progscale.config.read import KeyPath, dotted, show
-from progscale.config.schema import GLUE_TASKS, SQUAD_TASKS, Config
+from progscale.config.schema import GLUE_TASKS, MOST_STAGES, SQUAD_TASKS, Config
 from progscale.errors import Fault
 
 SOURCES = ("hub", "train_file", "validation_file")
@@ -133,6 +133,14 @@ def _schedule(checks: _Checks) -> None:
                 "schedule.first_blocks",
                 "train.epochs",
             )
+    if checks.config.stages > MOST_STAGES:
+        checks.fault(
+            "schedule.stages",
+            f"not given, and {checks.got('train.epochs')} would make {checks.config.stages}; at most {MOST_STAGES} are possible",
+            "train.epochs",
+            "schedule.first_blocks",
+            "schedule.starts",
+        )
     starts = schedule.starts
     if starts is not None and (starts[0] != 0 or any(b <= a for a, b in pairwise(starts))):
         checks.fault("schedule.starts", f"{checks.value('schedule.starts')} must ascend from 0, e.g. [0, 100, 300]")

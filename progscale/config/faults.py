@@ -111,5 +111,6 @@ _PHRASES = {
     "too_long": "must have at most {max_length} entries",
     "string_too_short": "must not be empty",
     "string_too_long": "must be at most {max_length} characters",
+    "string_unicode": "must be valid Unicode",
     "extra_forbidden": "unknown key",
 }

@@ -7,6 +7,7 @@ registry checks them.
 from __future__ import annotations
 
 import math
+import os
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
@@ -15,8 +16,14 @@ from pydantic_core import PydanticCustomError
 # Far above any real run, far below what a float or an int64 holds exactly.
 Count = Annotated[int, Field(ge=1, le=10**12)]
 CountOrZero = Annotated[int, Field(ge=0, le=10**12)]
-Text = Annotated[str, StringConstraints(min_length=1)]
+# As long as a path can be.
+Text = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+
+# More stages than any schedule has a use for; a plan has a line for each.
+MOST_STAGES = 10_000
+# Names of folders end here on all common file systems; what is put beside a run or below it needs some room.
+NAME_BYTES, FOLDER_BYTES = 255, 3000
 
 GLUE_TASKS = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")
 SQUAD_TASKS = ("squad-v1", "squad-v2")
@@ -34,14 +41,30 @@ class Run(Section):
     name: Text | None = Field(default=None, description="folder of the run below output_dir; null: {task}-{schedule}-{seed}")
     output_dir: Text = Field(default="runs", description="folder that holds the run folders")
     seed: int = Field(default=42, ge=0, le=2**32 - 1, description="seed of weights, dropout and the order of the data")
-    threads: Count | None = Field(default=None, description="CPU threads of each rank; null: the node's cores / its ranks")
+    threads: Annotated[int, Field(ge=1, le=4096)] | None = Field(
+        default=None, description="CPU threads of each rank; null: the node's cores / its ranks"
+    )
 
     @field_validator("name")
     @classmethod
     def _is_folder_name(cls, name: str | None) -> str | None:
-        if name is not None and (name in (".", "..") or any(c in name for c in "/\\\0") or len(name) > 200):
-            raise PydanticCustomError("said", "must be one folder name: no slash, not '..', at most 200 characters")
+        if name is not None and (name in (".", "..") or any(c in name for c in "/\\\0") or len(os.fsencode(name)) > 200):
+            raise PydanticCustomError("said", "must be one folder name: no slash, not '..', at most 200 bytes")
         return name
+
+    @field_validator("output_dir")
+    @classmethod
+    def _is_folder(cls, folder: str) -> str:
+        # No shell has seen the value of a file, and few expand what follows a `=`.
+        path = os.path.expanduser(folder)
+        if path.startswith("~"):
+            raise PydanticCustomError("said", "names no user's home; write './~…' for a folder that is called so")
+        size, longest = len(os.fsencode(path)), max(len(os.fsencode(part)) for part in path.split("/"))
+        if "\0" in path or size > FOLDER_BYTES or longest > NAME_BYTES:
+            raise PydanticCustomError(
+                "said", f"must be a folder's path: no NUL, at most {FOLDER_BYTES} bytes, {NAME_BYTES} between two slashes"
+            )
+        return path
 
 
 class Model(Section):
@@ -119,7 +142,7 @@ class Schedule(Section):
         default="progtuning",
         description="progtuning, none (plain fine-tuning), without_low_blocks, growing, custom, weighted, registered",
     )
-    stages: Annotated[int, Field(ge=1, le=10_000)] | None = Field(
+    stages: Annotated[int, Field(ge=1, le=MOST_STAGES)] | None = Field(
         default=None,
         description="number of stages T; null: as many as first_blocks or starts list, else the epochs, rounded up",
     )

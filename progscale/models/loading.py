@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pickle
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,15 +27,26 @@ if TYPE_CHECKING:
 
 # These follow from the task or from the file format; an override would contradict them.
 _NOT_OVERRIDABLE = {
+    "add_cross_attention": "blocks are an encoder's",
     "architectures": "it is set from the task",
     "dtype": "weights are always loaded in float32; set train.precision instead",
     "id2label": "it is set from the task's labels",
+    "is_decoder": "blocks are an encoder's",
+    "is_encoder_decoder": "blocks are an encoder's",
     "label2id": "it is set from the task's labels",
     "model_type": "name another model instead",
     "num_labels": "it is set from the task's labels",
     "problem_type": "it is set from the task",
+    "return_dict": "outputs are read by their names",
     "transformers_version": "it is not an option",
 }
+# Sizes and counts, which transformers takes as they come; a model without any of them fails in its first step, or says nothing.
+_AT_LEAST_ONE = frozenset(
+    {
+        *("vocab_size", "hidden_size", "intermediate_size", "embedding_size", "type_vocab_size", "max_position_embeddings"),
+        *("num_hidden_layers", "num_attention_heads", "dim", "hidden_dim", "n_layers", "n_heads"),
+    }
+)
 
 
 def load_config(request: ModelRequest, *, weights: bool | None = None) -> PretrainedConfig:
@@ -131,15 +142,19 @@ def build_meta(request: ModelRequest, family: Family | str | None = None) -> tor
         if found.load is not None:
             return found.load(dataclasses.replace(request, random_weights=True))
         config = load_config(request, weights=False)
-        model: torch.nn.Module = auto_class(request, config).from_config(
-            config, dtype=torch.float32, trust_remote_code=request.trust_remote_code
-        )
+        auto = auto_class(request, config)
+        try:
+            model: torch.nn.Module = auto.from_config(config, dtype=torch.float32, trust_remote_code=request.trust_remote_code)
+        except Exception as error:  # sizes that do not divide, an activation that is not known, …: each class has its own
+            raise ModelError(
+                f"model '{request.name}': it cannot be built from its config and model.overrides "
+                f"({type(error).__name__}: {_first_line(error)})"
+            ) from error
     return model
 
 
 def _from_pretrained(request: ModelRequest, family: Family, config: PretrainedConfig, auto: Any) -> torch.nn.Module:
     import torch
-    from safetensors import SafetensorError
 
     pickled = request.allow_pickle and not find_safetensors(request.name, request.revision)
     if not pickled:
@@ -156,7 +171,7 @@ def _from_pretrained(request: ModelRequest, family: Family, config: PretrainedCo
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a damaged pickle raises anything
         raise ModelError(f"model '{request.name}': its weights cannot be loaded ({_first_line(error)})") from error
     parts = partition(model, family).parameters
     unfilled = [name for name in info["missing_keys"] if name in parts and parts[name].part != "head"]
@@ -200,17 +215,21 @@ def _config_content(request: ModelRequest) -> dict[str, Any]:
     name, folder = request.name, local_folder(request.name)
     if folder is not None:
         file = folder / "config.json"
-        if not file.is_file():
+        if not os.path.isfile(file):
             present = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
             raise ModelError(f"model '{name}': the folder has no config.json (it holds {present})")
     else:
         file = _hub_config(name, request.revision)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"model '{name}': {file} is not JSON ({error})") from error
+    except OSError as error:
+        raise ModelError(f"model '{name}': {file} cannot be read ({error.strerror})") from error
     if not isinstance(content, dict):
         raise ModelError(f"model '{name}': {file} holds a JSON {type(content).__name__}; an object is needed")
+    if not isinstance(content.get("model_type", ""), str):
+        raise ModelError(f"model '{name}': {file}: model_type is {content['model_type']!r:.40}; a string is needed")
     return content
 
 
@@ -218,8 +237,8 @@ def _hub_config(name: str, revision: str | None) -> Path:
     from transformers.utils import cached_file
 
     hint = nearest(name, [*ARCHITECTURES, *(f"{a.organisation}/{short}" for short, a in ARCHITECTURES.items())])
-    path = Path(name).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(name))
+    if os.path.exists(path):
         raise ModelError(f"model '{name}': is a file; give the folder that holds config.json and the weights")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ModelError(f"model '{name}': no such folder{hint}")
@@ -282,6 +301,8 @@ def _override(config: PretrainedConfig, overrides: Mapping[str, Any]) -> None:
                 f" (it has {', '.join(sorted(allowed))})"
             )
         before = getattr(config, key, None)
+        if key in _AT_LEAST_ONE and type(before) is type(value) is int and value < 1 <= before:
+            raise ModelError(f"model.overrides.{key}: {value}; at least 1 is needed")
         if not _fits(before, value, key):
             raise ModelError(
                 f"model.overrides.{key}: {value!r} is of type {type(value).__name__}; {type(before).__name__} such as "
@@ -330,5 +351,8 @@ def _sizes(num_blocks: Mapping[str, int]) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return text[0].strip() if text else type(error).__name__
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if not lines:
+        return type(error).__name__
+    # Validators name the field in the first line, and what is wrong with it in the second.
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

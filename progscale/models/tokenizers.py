@@ -67,7 +67,7 @@ def max_tokens(config: Any, family: Family | None = None) -> int | None:
     if family is not None and family.max_tokens is not None:
         return family.max_tokens(config)
     positions = getattr(config, "max_position_embeddings", None)
-    return int(positions) if positions else None
+    return None if positions is None or positions < 0 else int(positions)
 
 
 def check_tokenizer(tokenizer: Any, config: Any, max_length: int, family: Family | None = None) -> None:
@@ -81,10 +81,13 @@ def check_tokenizer(tokenizer: Any, config: Any, max_length: int, family: Family
 
     Raises:
         ModelError: no pad token, token ids beyond the embeddings, pad ids that differ where positions depend on
-            them, or `max_length` beyond the model's positions.
+            them, or `max_length` beyond the model's positions or without room for a token of the text.
     """
     if getattr(tokenizer, "pad_token_id", None) is None:
         raise ModelError("the tokenizer has no pad token, so examples cannot be batched; give it one (pad_token)")
+    if "input_ids" not in getattr(tokenizer, "model_input_names", ["input_ids"]):
+        names = ", ".join(map(str, tokenizer.model_input_names)) or "nothing"
+        raise ModelError(f"the tokenizer's model_input_names are {names}; input_ids is needed")
     vocabulary: dict[str, int] = getattr(tokenizer, "get_vocab", dict)()
     size = max(vocabulary.values()) + 1 if vocabulary else len(tokenizer)
     rows = getattr(config, "vocab_size", None)
@@ -104,3 +107,9 @@ def check_tokenizer(tokenizer: Any, config: Any, max_length: int, family: Family
     if max_length < 1 or (limit is not None and max_length > limit):
         allowed = f"1 to {limit}" if limit is not None else "at least 1"
         raise ModelError(f"train.max_length: {max_length}; this model takes {allowed} tokens")
+    # Below that, tokenizers do not cut at all, and say nothing.
+    special = tokenizer.num_special_tokens_to_add(pair=True) if hasattr(tokenizer, "num_special_tokens_to_add") else 0
+    if max_length <= special:
+        raise ModelError(
+            f"train.max_length: {max_length}; at least {special + 1} is needed: {special} tokens of a pair of texts are special"
+        )

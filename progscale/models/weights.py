@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,7 +55,7 @@ def find_safetensors(name: str, revision: str | None = None) -> list[Path]:
         return []
     try:
         shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"model '{name}': {index} is not an index of safetensors files ({error})") from error
     files = []
     for shard in shards:
@@ -105,15 +106,15 @@ def checkpoint_names(model: torch.nn.Module, keys: Iterable[str]) -> dict[str, s
 
 def local_folder(name: str) -> Path | None:
     """The folder that `name` means (`~` expanded), or None if it is not one."""
-    folder = Path(name).expanduser()
-    return folder if folder.is_dir() else None
+    folder = Path(os.path.expanduser(name))
+    return folder if os.path.isdir(folder) else None
 
 
 def _find(name: str, filename: str, revision: str | None) -> Path | None:
     folder = local_folder(name)
     if folder is not None:
         file = folder / filename
-        return file if file.is_file() else None
+        return file if os.path.isfile(file) else None
     from transformers.utils import cached_file
 
     found = cached_file(

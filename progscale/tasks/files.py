@@ -7,9 +7,10 @@ import gzip
 import io
 import json
 import logging
+import os
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,27 +53,41 @@ class Table:
             DataError: no such column; the message lists those there are.
         """
         if name not in self.columns:
-            found = ", ".join(self.columns) or "none"
-            close = nearest(name, self.columns)
-            raise DataError(f"{key}: '{name}' is not a column of {self.name} ({found}){close}{self.hint}")
+            close = nearest(name, filter(str.isprintable, self.columns))
+            raise DataError(f"{key}: '{name}' is not a column of {self.name} ({listed(self.columns)}){close}{self.hint}")
         return self.columns[name]
+
+
+def listed(names: Iterable[object], most: int = 20) -> str:
+    """Names for a message, however many and long they are and whatever is in them: a file's first line may be anything."""
+    found = [text if text.isprintable() else repr(text) for text in map(str, names)]
+    shown = [text if len(text) <= 40 else f"{text[:37]}…" for text in found[:most]]
+    return ", ".join(shown) + (f", … ({len(found)} in all)" if len(found) > most else "") or "none"
 
 
 def find_file(path: str | Path, key: str) -> Path:
     """The path of a file or folder that is there.
 
     Raises:
-        DataError: it is not; the message lists close names of the same folder.
+        DataError: it is not, and the message lists close names of the same folder; or it is a device or a pipe.
     """
-    found = Path(path).expanduser()
-    if found.exists():
+    # Those of os.path take any text; Path's own fail for a user that does not exist or a name that is too long.
+    found = Path(os.path.expanduser(path))
+    if os.path.isdir(found) and not os.access(found, os.R_OK | os.X_OK):
+        raise DataError(f"{key}: the folder {found} cannot be read (no permission)")
+    if os.path.isfile(found) or os.path.isdir(found):
         return found
+    if os.path.exists(found):
+        raise DataError(f"{key}: {found} is neither a file nor a folder")
     parent = found.parent
-    beside = sorted(entry.name for entry in parent.iterdir()) if parent.is_dir() else []
-    if not parent.is_dir():
+    if not os.path.isdir(parent):
         raise DataError(f"{key}: no such file: {found} (there is no folder {parent})")
-    listed = ", ".join(beside[:10]) + (", …" if len(beside) > 10 else "")
-    raise DataError(f"{key}: no such file: {found} (in its folder: {listed or 'nothing'}){nearest(found.name, beside)}")
+    try:
+        beside = sorted(entry.name for entry in parent.iterdir())
+    except OSError as error:
+        raise DataError(f"{key}: no such file: {found} (its folder cannot be read: {error.strerror})") from None
+    there = listed(beside, 10) if beside else "nothing"
+    raise DataError(f"{key}: no such file: {found} (in its folder: {there}){nearest(found.name, beside)}")
 
 
 def read_bytes(path: Path) -> bytes:
@@ -154,7 +169,7 @@ def read_tsv(path: Path, header: list[str] | None = None, *, skip_broken: bool =
         elif skip_broken and len(fields) < len(names) and len(broken) <= len(lines) / 100:
             broken.append(number)
         else:
-            raise DataError(f"{path}: line {number} has {len(fields)} fields, {len(names)} are expected ({', '.join(names)})")
+            raise DataError(f"{path}: line {number} has {len(fields)} fields, {len(names)} are expected ({listed(names)})")
     if broken:
         log.warning("%s: %d lines with too few fields are left out, first: line %d", path, len(broken), broken[0])
     return _from_rows(str(path), names, rows, numbers)
@@ -216,7 +231,7 @@ def _parse_csv(path: Path, text: str, delimiter: str) -> Table:
                     if len(row) != len(names):
                         raise DataError(
                             f"{path}: line {begin} has {len(row)} fields, the header has {len(names)} "
-                            f"({', '.join(names)}){_delimiter_hint(names, delimiter)}"
+                            f"({listed(names)}){_delimiter_hint(names, delimiter)}"
                         )
                     rows.append(row)
                     numbers.append(begin)
@@ -249,7 +264,7 @@ def _from_rows(name: str, names: list[str], rows: list[list[str]], numbers: list
     names = [column.strip() for column in names]
     if len(set(names)) != len(names):
         twice = sorted({column for column in names if names.count(column) > 1})
-        raise DataError(f"{name}: the header has the column '{twice[0]}' twice ({', '.join(names)})")
+        raise DataError(f"{name}: the header has the column '{listed(twice[:1])}' twice ({listed(names)})")
     columns: dict[str, list[Any]] = {column: list(values) for column, values in zip(names, zip(*rows, strict=True), strict=False)}
     if not rows:
         columns = {column: [] for column in names}
@@ -282,7 +297,7 @@ def read_json_table(path: Path) -> Table:
     if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
         sizes = {name: len(column) for name, column in value.items()}
         if len(set(sizes.values())) > 1:
-            raise DataError(f"{path}: its columns differ in length: {sizes}")
+            raise DataError(f"{path}: its columns differ in length: {listed(f'{name} {size}' for name, size in sizes.items())}")
         return Table(str(path), value, lambda row: f"row {row + 1}")
     if not isinstance(value, list):
         raise DataError(f"{path}: a list of objects or an object of lists is needed, not a {type(value).__name__}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from progscale.errors import DataError
 from progscale.tasks.base import register
-from progscale.tasks.files import Table, find_file, read_tsv, read_tsv_header
+from progscale.tasks.files import Table, find_file, listed, read_tsv, read_tsv_header
 from progscale.tasks.hub import load_hub, pick_split
 from progscale.tasks.labels import UNLABELLED, numbers_of
 from progscale.tasks.sentence import Examples, SentenceTask
@@ -143,7 +144,7 @@ class GlueTask(SentenceTask):
         names = {"train": self.config_value("train_file", "train.tsv"), **dict(self.spec.evaluation)}
         if self.config_value("validation_file"):
             names[next(iter(dict(self.spec.evaluation)))] = self.config_value("validation_file")
-        if not (folder / names["train"]).exists():
+        if not os.path.exists(folder / names["train"]):
             # A download of all of GLUE: the task's folder lies below, whatever its spelling.
             wanted = self.spec.folder.replace("-", "").lower()
             for entry in sorted(folder.iterdir()):
@@ -157,7 +158,7 @@ class GlueTask(SentenceTask):
         if missing:
             raise DataError(
                 f"{path}: line 1: {self.name} needs the columns {', '.join((*self.spec.texts, self.spec.label))}; "
-                f"'{missing[0]}' is not among those found ({', '.join(header)})"
+                f"'{missing[0]}' is not among those found ({listed(header)})"
             )
 
     def _from_tsv(self, path: Path) -> Examples:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from progscale.errors import DataError, nearest
-from progscale.tasks.files import Table
+from progscale.tasks.files import Table, listed
 
 # Canonical only: "01" and "1" stay two different names.
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")
@@ -147,8 +147,8 @@ def find_classes(table: Table, column: str, names: Sequence[str] | None) -> tupl
         _refuse_unlabelled(table, column, values)
         found = tuple(str(value) for value in sorted(set(values)))  # type: ignore[type-var]
         if len(found) > 1 and any(isinstance(value, str) for value in values[:1]):
-            listed = ", ".join(f"{name} = {i}" for i, name in enumerate(found[:20]))
-            log.info("%s: classes of '%s' in sorted order: %s", table.name, column, listed)
+            ids = listed(f"{name} = {i}" for i, name in enumerate(found))
+            log.info("%s: classes of '%s' in sorted order: %s", table.name, column, ids)
         if len(values) >= 20 and len(found) > len(values) / 2:
             log.warning(
                 "%s: '%s' has %d different labels in %d rows: is it the label column, or is this a regression?",
@@ -159,7 +159,7 @@ def find_classes(table: Table, column: str, names: Sequence[str] | None) -> tupl
             )
     present = {str(value) for value in values}
     if len(found) < 2 or len(present) < 2:
-        shown = next(iter(present), "none")
+        shown = listed(present)
         raise DataError(f"{table.name}: the label column '{column}' has one class only ({shown}); two or more are needed")
     return found
 
@@ -187,10 +187,10 @@ def class_ids(table: Table, column: str, classes: Sequence[str], names: Sequence
     if any(value not in given for value in values):
         row = next(row for row, value in enumerate(values) if value not in given)
         _refuse_unlabelled(table, column, values)
-        allowed = ", ".join(str(name) for name in list(given)[:20]) + (", …" if len(given) > 20 else "")
+        close = nearest(str(values[row]), filter(str.isprintable, classes))
         raise DataError(
             f"{table.name}: {table.where(row)}: the label '{column}' is {_show(values[row])}, "
-            f"which is none of the {len(given)} known ({allowed}){nearest(str(values[row]), classes)}"
+            f"which is none of the {len(given)} known ({listed(given)}){close}"
         )
     return np.fromiter((given[value] for value in values), dtype=np.int64, count=len(values))
 

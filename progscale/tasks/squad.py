@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -102,8 +103,8 @@ class SquadTask:
         path, names = self.config_value("path"), {}
         for split, key in (("train", "train_file"), ("validation", "validation_file")):
             if named := self.config_value(key):
-                base = Path(path).expanduser() if path else Path()
-                names[split] = find_file(base / Path(named).expanduser(), f"task.{key}")
+                base = Path(os.path.expanduser(path)) if path else Path()
+                names[split] = find_file(base / os.path.expanduser(named), f"task.{key}")
         if not path:
             if len(names) == 1:
                 raise DataError("task: task.train_file and task.validation_file are both needed, or task.path")

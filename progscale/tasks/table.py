@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from progscale.errors import DataError
 from progscale.tasks.base import register
-from progscale.tasks.files import Table, find_file, read_file
+from progscale.tasks.files import Table, find_file, listed, read_file
 from progscale.tasks.hub import is_disk_folder, load_disk, load_hub, pick_split
 from progscale.tasks.labels import class_ids, find_classes, has_fractions, numbers_of, texts_of
 from progscale.tasks.sentence import Examples, SentenceTask
@@ -97,7 +98,7 @@ class TableTask(SentenceTask):
         if len(columns) not in (1, 2) or len(set(columns)) != len(columns):
             raise DataError(
                 f"task.text_columns: one or two different columns are needed, not {len(columns)} "
-                f"({', '.join(columns) or 'none'}); {table.name} has: {', '.join(table.columns)}{table.hint}"
+                f"({', '.join(columns) or 'none'}); {table.name} has: {listed(table.columns)}{table.hint}"
             )
         return columns
 
@@ -116,10 +117,10 @@ class TableTask(SentenceTask):
         delimiter = self.config_value("delimiter")
         if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n'):
             raise DataError(f"task.delimiter: {delimiter!r} has to be one character, and neither a quote nor a line end")
-        base = Path(path).expanduser() if path else Path()
+        base = Path(os.path.expanduser(path)) if path else Path()
 
         def from_file(name: str, key: str) -> Table:
-            found = find_file(base / Path(name).expanduser(), key)
+            found = find_file(base / os.path.expanduser(name), key)
             if found.is_dir():
                 raise DataError(f"{key}: {found} is a folder; name a file, or the folder as task.path")
             return read_file(found, delimiter)
@@ -135,7 +136,7 @@ class TableTask(SentenceTask):
             raise DataError("task: no data given: set task.train_file, task.path or task.hub")
         train = pick_split(splits, "train", str(path or hub))
         if validation_file:
-            if base.is_file():
+            if os.path.isfile(base):
                 base = base.parent
             return train, from_file(validation_file, "task.validation_file")
         # A fraction asked for by name wins over a split that happens to lie there.
@@ -147,7 +148,7 @@ class TableTask(SentenceTask):
 
     @staticmethod
     def _from_path(path: Path, delimiter: str | None) -> dict[str, Table]:
-        if path.is_file():
+        if os.path.isfile(path):
             return {"train": read_file(path, delimiter)}
         if is_disk_folder(path):
             return load_disk(path)
@@ -159,8 +160,8 @@ class TableTask(SentenceTask):
             if files:
                 found[split] = read_file(files[0], delimiter)
         if "train" not in found:
-            listed = ", ".join(sorted(entry.name for entry in path.iterdir())[:10]) or "nothing"
-            raise DataError(f"task.path: {path} holds no train file ({', '.join(ENDINGS[:6])}); it holds: {listed}")
+            there = listed(sorted(entry.name for entry in path.iterdir()), 10)
+            raise DataError(f"task.path: {path} holds no train file ({', '.join(ENDINGS[:6])}); it holds: {there}")
         return found
 
 

@@ -21,9 +21,9 @@ def main() -> int:
     """Trains."""
     leave = os._exit
 
-    def note_and_leave(code: int) -> NoReturn:
-        note(code)
-        leave(code)
+    def note_and_leave(status: int) -> NoReturn:
+        note(status)
+        leave(status)
 
     os._exit = note_and_leave
     sys.path.pop(0)  # this file's folder, whose modules are not meant to be at the top

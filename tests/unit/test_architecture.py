@@ -20,7 +20,7 @@ ORDER = [
     *("tasks", "data"),
     *("checkpoint", "resume", "verify", "signals", "watch"),
     *("meters", "trackers", "export"),
-    *("session", "setup", "loop", "run", "doctor", "cli", "__main__"),
+    *("session", "setup", "progress", "loop", "run", "doctor", "cli", "__main__"),
 ]
 WITHOUT_TORCH = ("errors", "numbers", "registry", "config", "schedule", "names", "learning_rate", "cli")
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

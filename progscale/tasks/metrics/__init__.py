@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,9 +37,9 @@ def load_own(source: str) -> Any:
     """
     import evaluate
 
-    path = Path(source).expanduser()
+    path = os.path.expanduser(source)
     try:
-        return evaluate.load(str(path) if path.exists() else source, keep_in_memory=True)
+        return evaluate.load(path if os.path.exists(path) else source, keep_in_memory=True)
     except Exception as error:  # the script is somebody else's code, and the hub fails in many ways
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume
 from hypothesis import strategies as st
 from pydantic.fields import FieldInfo
 
@@ -14,8 +14,7 @@ from progscale.config import Config, describe_schema, dump_config, format_set, l
 from progscale.config.kinds import accepts
 from progscale.config.schema import SECTIONS
 from progscale.errors import ConfigError
-
-FUZZ = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+from tests.harness.fuzz import fuzz
 
 JSON = st.recursive(
     st.none()
@@ -77,6 +76,21 @@ VALID: dict[str, st.SearchStrategy[Any]] = {
     "train.nonfinite": st.just("stop") | st.integers(1, 999).map(lambda number: f"skip:{number}"),
     "train.fused_optimizer": st.none() | st.booleans(),
     "engine.timeout_seconds": st.integers(1, 10**6),
+    "checkpoint.every_steps": st.none() | st.integers(1, 10**6),
+    "checkpoint.at_epochs": st.booleans(),
+    "checkpoint.at_stages": st.booleans(),
+    "checkpoint.keep": st.integers(2, 10**6),
+    "checkpoint.background": st.booleans(),
+    "checkpoint.shard_megabytes": st.integers(1, 100_000),
+    "checkpoint.on_error": st.sampled_from(["stop", "warn"]),
+}
+# Options whose value is right or wrong by what others have: they are drawn where their combinations are tested.
+DEPENDENT = {
+    *("task.path", "task.hub", "task.train_file", "task.validation_file", "task.text_columns", "task.label_column"),
+    *("task.labels", "task.problem_type", "task.delimiter", "task.validation_fraction", "task.no_answer_threshold"),
+    *("task.doc_stride", "task.n_best", "task.max_answer_length", "train.gradient_accumulation_steps"),
+    *("schedule.first_blocks", "schedule.starts", "schedule.block_weights", "schedule.options"),
+    *("optimizer.name", "optimizer.warmup_steps", "engine.name", "engine.deepspeed"),
 }
 
 
@@ -121,6 +135,17 @@ def load_fails(tree: dict[str, Any], key: str) -> None:
     assert any(found == key or found.startswith(f"{key}.") for found in named), (key, str(caught.value))
 
 
+@st.composite
+def misspelt(draw: st.DrawFn, name: str) -> str:
+    """A name after one or two edits of a letter; they may cancel out."""
+    for _ in range(draw(st.integers(1, 2))):
+        place = draw(st.integers(0, len(name)))
+        letter = draw(st.sampled_from("abcdefghijklmnopqrstuvwxyz_"))
+        edit = draw(st.sampled_from(["insert", "delete", "replace"]))
+        name = name[:place] + ("" if edit == "delete" else letter) + name[place + (edit != "insert") :]
+    return name
+
+
 def config_or_faults(paths: list[Any], overrides: list[str] | None = None) -> Config | None:
     """The config, or None where faults were reported; any other exception fails the test."""
     try:
@@ -131,8 +156,7 @@ def config_or_faults(paths: list[Any], overrides: list[str] | None = None) -> Co
     return None
 
 
-@FUZZ
-@given(trees())
+@fuzz(trees())
 def test_round_trip(tree: dict[str, Any]) -> None:
     config = load_config([tree])
     dumped = dump_config(config)
@@ -140,31 +164,29 @@ def test_round_trip(tree: dict[str, Any]) -> None:
     assert dump_config(load_config([dumped])) == dumped
 
 
-@FUZZ
-@given(trees(), st.sampled_from(LEAVES), st.data())
+@fuzz(trees(), st.sampled_from(LEAVES), st.data())
 def test_a_spoilt_value_is_named(tree: dict[str, Any], key: str, data: st.DataObject) -> None:
     section, name = key.split(".")
     tree.setdefault(section, {})[name] = data.draw(st.sampled_from(spoilt_values(SECTIONS[section].model_fields[name])))
     load_fails(tree, key)
 
 
-@FUZZ
-@given(trees(), st.sampled_from(LEAVES), st.data())
+@fuzz(trees(), st.sampled_from(LEAVES), st.data())
 def test_a_misspelt_key_is_named(tree: dict[str, Any], key: str, data: st.DataObject) -> None:
     section, name = key.split(".")
-    spoilt = name
-    for _ in range(data.draw(st.integers(1, 2))):
-        place = data.draw(st.integers(0, len(spoilt)))
-        letter = data.draw(st.sampled_from("abcdefghijklmnopqrstuvwxyz_"))
-        edit = data.draw(st.sampled_from(["insert", "delete", "replace"]))
-        spoilt = spoilt[:place] + ("" if edit == "delete" else letter) + spoilt[place + (edit != "insert") :]
+    spoilt = data.draw(misspelt(name))
     assume(spoilt not in SECTIONS[section].model_fields)
     tree.setdefault(section, {})[spoilt] = 1
     load_fails(tree, f"{section}.{spoilt}")
 
 
-@FUZZ
-@given(trees(), st.sampled_from(sorted(SECTIONS)), JSON)
+@fuzz(trees(), st.sampled_from(sorted(SECTIONS)).flatmap(misspelt), st.dictionaries(WORDS, JSON, max_size=2))
+def test_a_misspelt_section_is_named(tree: dict[str, Any], section: str, values: dict[str, Any]) -> None:
+    assume(section not in Config.model_fields)
+    load_fails({**tree, section: values}, section)
+
+
+@fuzz(trees(), st.sampled_from(sorted(SECTIONS)), JSON)
 def test_any_json_in_any_place_gives_a_config_or_faults(tree: dict[str, Any], section: str, value: Any) -> None:
     for place in (tree, tree.setdefault(section, {}), {"engine": {"deepspeed": {}}}):
         spoilt = copy.deepcopy(tree)
@@ -200,8 +222,7 @@ DEEPSPEED = st.recursive(
 )
 
 
-@FUZZ
-@given(st.dictionaries(DEEPSPEED_NAMES, DEEPSPEED, max_size=6), st.booleans())
+@fuzz(st.dictionaries(DEEPSPEED_NAMES, DEEPSPEED, max_size=6), st.booleans())
 def test_any_deepspeed_block_gives_a_config_or_faults(block: dict[str, Any], bare: bool) -> None:
     config = config_or_faults([block if bare else {"engine": {"deepspeed": block}}])
     if config is not None:
@@ -215,27 +236,25 @@ KEYS = st.lists(
 )
 
 
-@FUZZ
-@given(KEYS, JSON)
+@fuzz(KEYS, JSON)
 def test_set_round_trip(path: list[str], value: Any) -> None:
     # Blanks around the whole key are not part of it.
     path = [part.strip() for part in path]
     assert parse_set(format_set(path, value)) == (tuple(path), value)
 
 
-@FUZZ
-@given(st.text(max_size=40))
+@fuzz(st.text(max_size=40))
 def test_any_text_as_set(text: str) -> None:
     config_or_faults([], [text])
 
 
-@FUZZ
-@given(st.binary(max_size=60))
+@fuzz(st.binary(max_size=60))
 def test_any_bytes_as_file(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "fuzzed.json"
     path.write_bytes(content)
     config_or_faults([path])
 
 
-def test_the_strategies_name_real_options() -> None:
-    assert set(VALID) <= {option.key for option in describe_schema()}
+def test_every_option_is_drawn_or_depends_on_others() -> None:
+    assert not VALID.keys() & DEPENDENT
+    assert VALID.keys() | DEPENDENT == {option.key for option in describe_schema()}
