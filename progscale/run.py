@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 from progscale.config import Config
@@ -11,9 +12,12 @@ from progscale.errors import AuditError, NonFiniteError, PreemptedError, Progsca
 from progscale.loop import train
 from progscale.session import Session
 from progscale.setup import Permissions, prepare
-from progscale.signals import Signals
+from progscale.signals import Signals, before_training
 from progscale.trackers import mark_preempted
 from progscale.watch import Watch
+
+# The launcher tells one rank after the other: who leaves before the last is told looks to it like a crash.
+TOGETHER_SECONDS = 1.0
 
 
 def run(
@@ -41,6 +45,13 @@ def run(
         if not signals.training:
             leave_at_once(signals, error)
         raise
+    except Exception as error:
+        if signals.received is None or signals.training:
+            raise
+        # What became of the interruption on its way: libraries wrap it, and a collective fails when a peer was quicker to leave.
+        told = PreemptedError(before_training(signals.received))
+        leave_at_once(signals, told)
+        raise told from error
     finally:
         signals.uninstall()
     return 0
@@ -90,5 +101,6 @@ def leave_at_once(signals: Signals, error: PreemptedError) -> None:
     """Ends a process that was told to stop before training; of several, the others may wait for it in a collective."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         print(f"progscale: {error}", file=sys.stderr, flush=True)
+        time.sleep(TOGETHER_SECONDS)
         signals.leave()
     signals.mark()

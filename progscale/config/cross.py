@@ -134,9 +134,11 @@ def _schedule(checks: _Checks) -> None:
                 "train.epochs",
             )
     if checks.config.stages > MOST_STAGES:
+        listed = next((name for name in ("first_blocks", "starts") if getattr(schedule, name)), None)
+        why = checks.got("train.epochs") if listed is None else f"schedule.{listed}{checks.values.where(('schedule', listed))}"
         checks.fault(
             "schedule.stages",
-            f"not given, and {checks.got('train.epochs')} would make {checks.config.stages}; at most {MOST_STAGES} are possible",
+            f"not given, and {why} would make {checks.config.stages}; at most {MOST_STAGES} are possible",
             "train.epochs",
             "schedule.first_blocks",
             "schedule.starts",

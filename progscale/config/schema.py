@@ -39,7 +39,7 @@ class Run(Section):
     """Name, folder and seed of the run."""
 
     name: Text | None = Field(default=None, description="folder of the run below output_dir; null: {task}-{schedule}-{seed}")
-    output_dir: Text = Field(default="runs", description="folder that holds the run folders")
+    output_dir: Text = Field(default="runs", description="folder that holds the run folders; ~ is your home")
     seed: int = Field(default=42, ge=0, le=2**32 - 1, description="seed of weights, dropout and the order of the data")
     threads: Annotated[int, Field(ge=1, le=4096)] | None = Field(
         default=None, description="CPU threads of each rank; null: the node's cores / its ranks"

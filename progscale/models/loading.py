@@ -40,6 +40,8 @@ _NOT_OVERRIDABLE = {
     "return_dict": "outputs are read by their names",
     "transformers_version": "it is not an option",
 }
+# Each has a name in the config; more is a slip of the pen.
+MOST_LABELS = 1_000_000
 # Sizes and counts, which transformers takes as they come; a model without any of them fails in its first step, or says nothing.
 _AT_LEAST_ONE = frozenset(
     {
@@ -228,8 +230,12 @@ def _config_content(request: ModelRequest) -> dict[str, Any]:
         raise ModelError(f"model '{name}': {file} cannot be read ({error.strerror})") from error
     if not isinstance(content, dict):
         raise ModelError(f"model '{name}': {file} holds a JSON {type(content).__name__}; an object is needed")
-    if not isinstance(content.get("model_type", ""), str):
-        raise ModelError(f"model '{name}': {file}: model_type is {content['model_type']!r:.40}; a string is needed")
+    kind = content.get("model_type", "")
+    if not isinstance(kind, str):
+        raise ModelError(f"model '{name}': {file}: model_type is {kind!r:.40}; a string is needed")
+    if not kind and "auto_map" not in content:
+        known = ", ".join(sorted(families_by_type()))
+        raise ModelError(f"model '{name}': {file} has no model_type, which says what to build; known: {known}")
     return content
 
 
@@ -274,8 +280,9 @@ def _set_labels(config: PretrainedConfig, request: ModelRequest) -> None:
         config.num_labels = 2
         config.problem_type = None
         return
-    if request.num_labels < 1:
-        raise ModelError(f"num_labels: {request.num_labels}; at least 1 is needed (1 for regression)")
+    if not 1 <= request.num_labels <= MOST_LABELS:
+        what = "at least 1 is needed (1 for regression)" if request.num_labels < 1 else f"at most {MOST_LABELS} are possible"
+        raise ModelError(f"num_labels: {request.num_labels}; {what}")
     names = request.label_names
     if names and len(names) != request.num_labels:
         raise ModelError(f"label_names: {len(names)} names ({', '.join(names)}) for {request.num_labels} labels")

@@ -525,8 +525,9 @@ def test_checkpoints_on_a_full_disk_of_their_own(runs: Runs) -> None:
 @pytest.mark.slow
 @pytest.mark.xfail(strict=True, reason="metrics.jsonl is on the same disk, and its OSError is nobody's")
 def test_a_full_disk_that_the_records_share(runs: Runs) -> None:
-    """Told to train on without checkpoints, a run does so though its records cannot be written either."""
+    """Told to train on without checkpoints, a run does so; that its records cannot be written either is said in a line."""
     output, at = runs.new(), place_of(runs.operations("plain"), *PLACES["a shard written"])
     (ended,) = runs.run("plain", "errno:ENOSPC+", output, at=at, changes={"checkpoint__on_error": "warn"})
     assert "Traceback" not in ended.err
-    assert ended.code == 0
+    assert ended.code in (0, 1)
+    assert f"step {STEPS}/{STEPS}" in ended.out

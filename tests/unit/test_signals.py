@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import json
 import os
 import signal
 import subprocess
@@ -14,7 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from progscale import run as run_module
 from progscale import signals as module
+from progscale.config import load_config
 from progscale.errors import PreemptedError
 from progscale.run import leave_at_once
 from progscale.signals import Signals, before_training, follow_the_launcher
@@ -43,6 +47,7 @@ def exits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(os, "_exit", leave)
     monkeypatch.setattr(module, "LEAVE_SECONDS", 0.2)
     monkeypatch.setattr(module, "SAME_PRESS_SECONDS", 0.2)
+    monkeypatch.setattr(run_module, "TOGETHER_SECONDS", 0.2)
     return codes
 
 
@@ -171,7 +176,7 @@ def test_training_that_began_in_time_is_not_left(signals: Signals, exits: list[i
 def test_uninstalled_nothing_is_left() -> None:
     """Handlers, the descriptor that signals are written to, and the thread."""
     handlers = [signal.getsignal(number) for number in NUMBERS]
-    threads = len(listeners())
+    others = listeners()
     read, write = os.pipe()
     os.set_blocking(write, False)
     before = signal.set_wakeup_fd(write)
@@ -179,12 +184,12 @@ def test_uninstalled_nothing_is_left() -> None:
         signals = Signals()
         signals.install()
         assert [signal.getsignal(number) for number in NUMBERS] == [signals._handle] * 3
-        assert len(listeners()) == threads + 1
+        (thread,) = [thread for thread in listeners() if thread not in others]
         signals.uninstall()
         signals.uninstall()
         assert [signal.getsignal(number) for number in NUMBERS] == handlers
         assert signal.set_wakeup_fd(write) == write
-        wait_until(lambda: len(listeners()) == threads)
+        wait_until(lambda: not thread.is_alive())
     finally:
         signal.set_wakeup_fd(before)
         os.close(read)
@@ -225,6 +230,39 @@ def test_one_of_several_leaves_on_the_spot(
         leave_at_once(signals, PreemptedError(before_training("SIGTERM")))
     assert (marked, exits) == ([True], [75])
     assert capsys.readouterr().err == "progscale: SIGTERM before training began: nothing is lost; start it again\n"
+
+
+def interrupted(signals: list[Signals], error: Exception) -> Callable[..., None]:
+    """In place of `prepare`: it is told to stop, and something else comes of it."""
+
+    def prepare(*arguments: object, signals: Signals, **options: object) -> None:
+        told.append(signals)
+        with contextlib.suppress(PreemptedError):
+            send(signal.SIGTERM)
+        raise error
+
+    told = signals
+    return prepare
+
+
+def test_an_interruption_that_a_library_wraps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, exits: list[int]) -> None:
+    """Imports that are made late turn every error into their own; the run was still told to stop."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    told: list[Signals] = []
+    monkeypatch.setattr(run_module, "prepare", interrupted(told, RuntimeError("Failed to import")))
+    with pytest.raises(PreemptedError, match="SIGTERM before training began"):
+        run_module.run(load_config([], [f"run.output_dir={tmp_path}", "run.name=a"]))
+    assert json.loads((tmp_path / "a" / "PREEMPTED").read_text())["signal"] == "SIGTERM"
+
+
+def test_an_error_that_nobody_interrupted_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def prepare(*arguments: object, **options: object) -> None:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(run_module, "prepare", prepare)
+    with pytest.raises(RuntimeError, match="a fault"):
+        run_module.run(load_config([], [f"run.output_dir={tmp_path}", "run.name=a"]))
+    assert not (tmp_path / "a").exists()
 
 
 # -- when the launcher dies -----------------------------------------------------------------------------------------

@@ -73,9 +73,10 @@ class Shape:
 
 @st.composite
 def shapes(draw: st.DrawFn) -> Shape:
-    lengths = draw(st.lists(st.integers(1, 9), min_size=1, max_size=24))
-    batch = draw(st.integers(1, min(6, len(lengths))))
-    steps_per_epoch = math.ceil(len(lengths) / batch)
+    steps_per_epoch, batch, factor = draw(st.integers(1, 7)), draw(st.integers(1, 4)), draw(st.integers(0, 8))
+    rows = batch * (steps_per_epoch - 1) + draw(st.integers(1, batch))
+    # There is at least one whole batch.
+    lengths = tuple(1 + row * factor % 9 for row in range(max(rows, batch)))
     epochs = draw(st.sampled_from([0.5, 1.0, 1.5, 2.0, 3.0]))
     total = math.ceil(epochs * steps_per_epoch)
     config = Config(
@@ -92,7 +93,7 @@ def shapes(draw: st.DrawFn) -> Shape:
             keep=draw(st.integers(2, 3)),
         ),
     )
-    return Shape(tuple(lengths), draw(st.integers(1, 6)), config)
+    return Shape(lengths, draw(st.integers(1, 6)), config)
 
 
 class Reference:
@@ -167,6 +168,11 @@ class Process:
             for step, batch in Session.batches(session, stage, self.step):
                 assert step == self.step
                 yield stage, batch.rows.tolist()
+
+    def switch(self) -> None:
+        """The next stage begins; nothing is trained in it yet."""
+        self.stage = self.stages[self.stage.index]
+        self._feed = self._steps()
 
     def train_step(self) -> tuple[int, int, list[int]]:
         """(stage, lowest live block, rows) of the step that is done."""
@@ -243,6 +249,8 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        # By step: which stages may have been at work when it was saved.
+        self.saved_in: dict[int, set[int]] = {}
         memory = Path("/dev/shm")
         usable = memory.is_dir() and os.access(memory, os.W_OK)
         self.output = Path(tempfile.mkdtemp(prefix="progscale-machine-", dir=memory if usable else None))
@@ -270,7 +278,11 @@ class Machine(RuleBasedStateMachine):
         return self.process is None and hasattr(self, "shape")
 
     @precondition(unfinished)
-    @rule()
+    @rule(steps=st.integers(1, 6))
+    def train(self, steps: int) -> None:
+        for _ in range(min(steps, len(self.reference.plan) - self.reference.step)):
+            self.train_step()
+
     def train_step(self) -> None:
         assert self.process is not None
         stage, lowest, rows = self.reference.plan[self.reference.step]
@@ -289,12 +301,31 @@ class Machine(RuleBasedStateMachine):
         while self.unfinished() and self.reference.step % self.shape.steps_per_epoch:
             self.train_step()
 
+    @precondition(unfinished)
+    @rule()
+    def train_to_the_end_of_the_stage(self) -> None:
+        self.train_step()
+        while self.unfinished() and not self.at_a_boundary():
+            self.train_step()
+
+    def at_a_boundary(self) -> bool:
+        return self.unfinished() and self.process is not None and self.process.step == self.process.stage.end_step
+
+    @precondition(at_a_boundary)
+    @rule(save=st.booleans())
+    def switch(self, save: bool) -> None:
+        assert self.process is not None
+        self.process.switch()
+        if save:
+            self.save()
+
     @precondition(alive)
     @rule()
     def save(self) -> None:
-        """Because it is due, or because the run was told to stop."""
+        """Because it is due, or because the run was told to stop: also between two stages, and between a switch and a step."""
         assert self.process is not None
         self.process.save()
+        self.saved_in[self.reference.step] = {self.process.stage.index}
         self.reference.save()
         self.killed_in_save = False
         latest = json.loads((self.output / "a" / FOLDER / LATEST).read_text())
@@ -317,6 +348,7 @@ class Machine(RuleBasedStateMachine):
     def kill_in_a_save(self, operation: int) -> None:
         assert self.process is not None
         before = list(self.reference.saved)
+        self.saved_in.setdefault(self.reference.step, set()).add(self.process.stage.index)
         try:
             with killed_at(operation):
                 self.process.save()
@@ -354,6 +386,8 @@ class Machine(RuleBasedStateMachine):
         self.process = Process(self.shape, self.output, policy)
         assert self.process.resumed_from == (self.reference.step if self.reference.saved else None)
         assert self.process.step == self.reference.step <= before
+        if self.reference.saved:
+            assert self.process.stage.index in self.saved_in[self.reference.step]
         left = [path.name for path in (self.output / "a" / FOLDER).glob(".*")]
         assert not [name for name in left if name.startswith((STAGED, REPLACED))]
 
@@ -380,4 +414,4 @@ class Machine(RuleBasedStateMachine):
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_a_run_goes_on_where_it_was(length: settings) -> None:
-    run_state_machine_as_test(Machine, settings=settings(length, stateful_step_count=25))
+    run_state_machine_as_test(Machine, settings=settings(length, stateful_step_count=30))

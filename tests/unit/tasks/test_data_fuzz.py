@@ -131,6 +131,7 @@ def check(path: Path, options: dict[str, Any], second: Path | None = None) -> No
 
 
 @fuzz(tables(), OPTIONS, st.sampled_from([".csv", ".tsv", ".txt", ".csv.gz"]))
+@example("a\u2028a,text,text", {}, ".csv")  # a line end of Unicode in a name that is told
 def test_any_rows_of_text(tmp_path: Path, text: str, options: dict[str, Any], ending: str) -> None:
     path, content = tmp_path / f"t{ending}", text.encode(errors="surrogatepass")
     path.write_bytes(gzip.compress(content, 1) if ending.endswith(".gz") else content)
