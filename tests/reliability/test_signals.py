@@ -158,6 +158,21 @@ def test_a_save_of_45_seconds_comes_to_its_end(runs: Runs, tmp_path: Path, cache
     runs.finish(tmp_path, "zero2")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["plain", "zero3"])
+def test_a_launcher_that_is_killed(runs: Runs, tmp_path: Path, cache: Path, engine: str) -> None:
+    """It can tell nobody, and its store is gone; the kernel tells the workers, and they save."""
+    ranks = ranks_of(engine)
+    with Launch(tmp_path, twelve(tmp_path, engine), ranks=ranks, cache=cache, slow_save_seconds=0.5) as launch:
+        launch.wait_for_record(tmp_path / "a", "step", step=4)
+        launch.signal(signal.SIGKILL)
+        finished = launch.finish()
+    assert finished.left == ()
+    assert finished.exits == dict.fromkeys(range(ranks), 75), finished.err
+    saved_where_it_stood(tmp_path / "a", ranks)
+    runs.finish(tmp_path, engine)
+
+
 def exit_codes(ended: list[Ended]) -> list[int]:
     return [rank.code for rank in ended]
 
