@@ -198,6 +198,8 @@ def read_config(options: argparse.Namespace, extra: Sequence[str] = ()) -> Confi
 
 def import_plugin(module: str) -> None:
     """Imports a user's module by name, from the working directory too."""
+    if not all(part.isidentifier() for part in module.split(".")):
+        raise ConfigError(f"--plugin {module}: no name of a module; give it as in an import, e.g. --plugin my_encoder")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:

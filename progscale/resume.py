@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,12 +90,13 @@ def locate(path: Path) -> tuple[Path, Path | None]:
     Raises:
         RejectedError: neither.
     """
-    if (path / MANIFEST).exists():
+    # Those of os.path take any text; Path's own fail for a name that is too long.
+    if os.path.exists(path / MANIFEST):
         return path.parent, path
     for root in (path / FOLDER, path):
-        if root.is_dir() and Store(root).candidates():
+        if os.path.isdir(root) and Store(root).candidates():
             return root, None
-    what = "there is no such folder" if not path.exists() else f"it has no {MANIFEST} and holds no checkpoints"
+    what = "there is no such folder" if not os.path.exists(path) else f"it has no {MANIFEST} and holds no checkpoints"
     raise RejectedError(path, f"{what}; --resume takes {', '.join(POLICIES)}, a checkpoint's folder, or a run's")
 
 

@@ -400,10 +400,11 @@ def check_unfinished(config: Config, path: Path) -> None:
         return
     try:
         theirs = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return
     ours = dump_config(config)
-    if all(theirs.get(section, {}).get(key) == ours[section][key] for section, key in decisive_keys(config)):
+    sections = {name: part for name, part in theirs.items() if isinstance(part, dict)} if isinstance(theirs, dict) else {}
+    if all(sections.get(section, {}).get(key) == ours[section][key] for section, key in decisive_keys(config)):
         raise FinishedError(f"the run in {path} has ended: see summary.json there (--resume never makes it anew)")
 
 
