@@ -16,7 +16,9 @@ from progscale import __version__
 from progscale.config import Config, describe_schema, dump_config, load_config
 from progscale.config.schema import SQUAD_TASKS
 from progscale.errors import ConfigError, DataError, Fault, ModelError, ProgscaleError, UserError
+from progscale.launcher import read_ranks
 from progscale.names import name_faults
+from progscale.signals import Signals
 
 if TYPE_CHECKING:
     from progscale.models.family import HeadKind
@@ -216,20 +218,25 @@ def run_train(options: argparse.Namespace) -> int:
         for row in describe_schema():
             print("  ".join(str(cell) for cell in row))
         return 0
-    config = read_config(options)
     if options.print_config:
-        print(json.dumps(dump_config(config), indent=2))
+        print(json.dumps(dump_config(read_config(options)), indent=2))
         return 0
-    quiet_libraries()
-    from progscale.run import run
+    signals = Signals()
+    # Before plug-ins and torch are imported, which takes seconds.
+    with signals.listening():
+        read_ranks(os.environ)
+        config = read_config(options)
+        if not options.dry_run:
+            signals.folder = Path(config.run.output_dir) / config.run_name
+        quiet_libraries()
+        from progscale.run import run
+        from progscale.setup import Permissions, prepare
 
-    return run(
-        config,
-        resume=options.resume,
-        dry_run=options.dry_run,
-        allow_pickle=options.allow_pickle,
-        trust_remote_code=options.trust_remote_code,
-    )
+        permissions = Permissions(options.allow_pickle, options.trust_remote_code)
+        if options.dry_run:
+            prepare(config, permissions, dry_run=True)
+            return 0
+        return run(config, signals, resume=options.resume, permissions=permissions)
 
 
 def run_plan(options: argparse.Namespace) -> int:
@@ -272,6 +279,8 @@ def plan_of(config: Config, options: argparse.Namespace) -> Plan:
             raise ConfigError(
                 Fault(key, f"{value} counts optimizer steps, which depend on the data: progscale train --dry-run shows that plan")
             )
+    if options.num_labels is not None and options.num_labels < 1:
+        raise ConfigError(f"--num-labels: {options.num_labels} is no number of outputs, from 1")
     head, num_labels = head_of(config)
     return plan_for(
         str(config.model.name),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from progscale import __version__
 from progscale.config import Config, micro_batch_size
 from progscale.errors import UserError
+from progscale.launcher import Ranks, read_ranks, try_port
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 Status = Literal["ok", "note", "problem"]
 # Each has a line of its own; of the other requirements only those that are not met have one.
 SHOWN = ("python", "torch", "accelerate", "deepspeed", "transformers", "datasets", "safetensors")
-LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 FILE_SYSTEMS = {"tmpfs": "lost at reboot", "overlay": "lost with its container"}
 FILE_SYSTEMS |= dict.fromkeys(("nfs", "nfs4", "lustre", "cifs", "ceph", "beegfs", "gpfs"), "a save goes over the network")
 SIGNALS = "export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
@@ -48,14 +48,6 @@ class Gpu(NamedTuple):
     free: int
     major: int
     minor: int
-
-
-class Ranks(NamedTuple):
-    """Processes of the run and of this machine, and this one's rank; None where no launcher gave it one."""
-
-    world_size: int = 1
-    local: int = 1
-    rank: int | None = None
 
 
 def examine(config: Config, *, trust_remote_code: bool = False) -> list[Check]:
@@ -176,17 +168,16 @@ def gpu_checks(config: Config, gpus: Sequence[Gpu], cuda: str | None, has_driver
 
 def ranks_of(environment: Mapping[str, str], gpus: int, engine: str) -> tuple[Check, Ranks]:
     """The processes that the launcher's variables tell of; else those that would be started, one on each GPU."""
-    name, remedy = "ranks: processes", "unset them, or start with launch/launch.sh, accelerate launch or torchrun"
-    if "RANK" not in environment and environment.get("WORLD_SIZE", "1") == "1":
+    name = "ranks: processes"
+    try:
+        ranks = read_ranks(environment)
+    except UserError as error:
+        found, _, remedy = str(error).partition("; ")
+        return Check(name, "problem", found, remedy), Ranks()
+    if ranks.rank is None:
         count = 1 if engine == "plain" else max(1, gpus)
         found = f"{count}, one on each GPU, by accelerate launch; 1 by progscale train" if count > 1 else "1; no launcher here"
         return Check(name, "ok", found), Ranks(count, count)
-    if missing := [key for key in LAUNCHER if key not in environment]:
-        return Check(name, "problem", f"a launcher's variables are set, but not {', '.join(missing)}", remedy), Ranks()
-    numbers = [environment.get(key, "1") for key in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK")]
-    if not all(number.isdecimal() for number in numbers) or "0" in numbers[:2]:
-        return Check(name, "problem", "WORLD_SIZE, LOCAL_WORLD_SIZE, RANK: " + ", ".join(numbers), remedy), Ranks()
-    ranks = Ranks(*map(int, numbers))
     found = f"{ranks.world_size}, of which {ranks.local} on this machine"
     if ranks.local > gpus > 0:
         return Check(name, "problem", f"{found}; GPUs here: {gpus}", "start one on each GPU"), ranks
@@ -322,10 +313,10 @@ def network_checks(environment: Mapping[str, str], ranks: Ranks) -> list[Check]:
         return str(socket.getaddrinfo(name, None)[0][4][0])
 
     def bind() -> str:
-        with socket.socket() as probe:
-            # As torch's store does: a port that was left a moment ago is free.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("", int(port)) if port else ("127.0.0.1", 0))
+        if port:
+            try_port(int(port))
+        else:
+            try_port(0, "127.0.0.1")
         return "free"
 
     # One process needs no name of its own.

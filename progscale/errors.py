@@ -52,7 +52,11 @@ class AuditError(ProgscaleError):
     exit_code = 3
 
 
-class CheckpointError(ProgscaleError):
+class WriteError(ProgscaleError):
+    """A file of the run could not be written; what was there is untouched."""
+
+
+class CheckpointError(WriteError):
     """A checkpoint could not be written; those that were there are untouched."""
 
 
@@ -65,13 +69,14 @@ class RejectedError(UserError):
     """
 
     def __init__(self, path: object, reason: str) -> None:
-        super().__init__(f"checkpoint {path}: {reason}")
-        self.path = path
-        self.reason = reason
+        # Names come from files that anybody may have written.
+        self.path = printable(str(path))
+        self.reason = printable(reason)
+        super().__init__(f"checkpoint {self.path}: {self.reason}")
 
     def __reduce__(self) -> tuple[type[RejectedError], tuple[str, str]]:
         # It is sent to other ranks; by default it would be rebuilt from the message alone.
-        return RejectedError, (str(self.path), self.reason)
+        return RejectedError, (self.path, self.reason)
 
 
 class PreemptedError(ProgscaleError):
@@ -118,6 +123,17 @@ class ConfigError(UserError):
             super().__init__(head + lines[0])
         else:
             super().__init__(f"{head}{len(lines)} faults\n" + "\n".join(f"  - {line}" for line in lines))
+
+
+def printable(text: str) -> str:
+    r"""The text with escapes for what no terminal should get: control sequences, line ends, halves of characters.
+
+    >>> printable("é\x1b[2J")
+    'é\\x1b[2J'
+    """
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape", "surrogatepass").decode() for letter in text
+    )
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

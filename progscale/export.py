@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -10,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
+from progscale.checkpoint.store import sync, write_durably
 from progscale.engine.base import Engine
+from progscale.errors import WriteError
 from progscale.numbers import decode_scores, encode_numbers
 
+log = logging.getLogger("progscale")
+
 PARTIAL, OLD = ".partial", ".old"
-
-
 # What the exported weights are: the optimizer step and the scores they had.
 ORIGIN = "progscale.json"
 
@@ -27,10 +31,20 @@ def export_model(
     """Writes the model to `path`, replacing what is there only when the new one is whole. A collective.
 
     Parameters are gathered one at a time; the main process holds them all on the CPU while it writes.
+
+    Raises:
+        WriteError: on all ranks, when it cannot be written.
     """
     state = {name: value for name, value in engine.full_parameters() if value is not None}
     origin = {"step": step, "metrics": encode_numbers(dict(metrics or {}))}
-    engine.on_main(lambda: _write(engine.module, state, tokenizer, path, origin))
+
+    def write() -> None:
+        try:
+            _write(engine.module, state, tokenizer, path, origin)
+        except (OSError, SafetensorError) as error:
+            raise WriteError(f"the model could not be written to {path}: {error}; the one before it is untouched") from error
+
+    engine.on_main(write)
 
 
 def exported_origin(path: Path) -> dict[str, Any] | None:
@@ -46,10 +60,16 @@ def exported_origin(path: Path) -> dict[str, Any] | None:
         if not (source / ORIGIN).exists():
             return None
         os.rename(source, path)
-    if not (path / ORIGIN).exists():
+    for left in (partial, old):
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        content = json.loads((path / ORIGIN).read_text(encoding="utf-8"))
+        return {"step": int(content["step"]), "metrics": decode_scores(content["metrics"])}
+    except FileNotFoundError:
         return None
-    content = json.loads((path / ORIGIN).read_text(encoding="utf-8"))
-    return {"step": int(content["step"]), "metrics": decode_scores(content["metrics"])}
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        log.warning("%s is damaged (%s): the next evaluation counts as the best", path / ORIGIN, error)
+        return None
 
 
 def _write(
@@ -66,7 +86,13 @@ def _write(
             # What the last call cut, which no later user wants cut.
             tokenizer.backend_tokenizer.no_truncation()
         tokenizer.save_pretrained(partial)
-    (partial / ORIGIN).write_text(json.dumps(origin) + "\n", encoding="utf-8")
+    for file in partial.rglob("*"):
+        if file.is_file():
+            sync(file)
+    # Under its name only when it is whole: it says that all the rest is.
+    write_durably(partial / f".{ORIGIN}", (json.dumps(origin) + "\n").encode())
+    os.rename(partial / f".{ORIGIN}", partial / ORIGIN)
+    sync(partial)
     # At no moment is there no whole model: one of the three names always has one.
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():

@@ -155,9 +155,16 @@ def check_finite(s: Session, progress: Progress, result: StepResult, step: int, 
     where = f" on rank {', '.join(map(str, result.ranks))}" if result.ranks else ""
     what = f"step {step}: the {result.fault} is not finite{where}"
     s.log("nonfinite", step=step, fault=result.fault, ranks=list(result.ranks), rows=batch.rows.tolist())
-    if progress.skipped_in_a_row > allowed:
+    # Left out, the step would be followed by others like it, and what is saved between them would be lost.
+    bad = allowed > 0 and not s.engine.state_is_finite()
+    if bad or progress.skipped_in_a_row > allowed:
         s.console.end()
-        again = f" ({progress.skipped_in_a_row} steps in a row)" if allowed else ""
+        again = f" ({progress.skipped_in_a_row} steps in a row)" if progress.skipped_in_a_row > 1 else ""
+        if bad:
+            raise NonFiniteError(
+                f"{what}{again}, and neither are weights or the optimizer's state: no later step mends that; "
+                "--resume auto goes on from the last checkpoint"
+            )
         raise NonFiniteError(
             f"{what}{again}; the weights are those of the step before. Rows of the batch: {batch.rows.tolist()[:16]}… "
             "Try a smaller optimizer.lr, another train.precision, or --set train.nonfinite=skip:3"

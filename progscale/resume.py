@@ -17,10 +17,10 @@ from progscale.blocks import Partition
 from progscale.checkpoint.manifest import MANIFEST
 from progscale.checkpoint.reader import Checkpoint, open_checkpoint, verify_together
 from progscale.checkpoint.state import check_state
-from progscale.checkpoint.store import Store
+from progscale.checkpoint.store import NAME, Store
 from progscale.config import Config, decisive_values
 from progscale.engine import ranks
-from progscale.errors import ConfigError, Fault, RejectedError
+from progscale.errors import ConfigError, Fault, RejectedError, printable
 from progscale.schedule import Stage
 from progscale.tasks.base import Tokenized
 
@@ -64,6 +64,11 @@ def find_checkpoint(
     """
     explicit = policy not in POLICIES
     root, single = locate(Path(policy)) if explicit else (run_folder / FOLDER, None)
+    if single and lies_in(single, run_folder) and not is_own(single, run_folder):
+        raise RejectedError(
+            single,
+            "left over or put aside in this run's own folder, which is tidied up: copy it elsewhere to go on from it",
+        )
     paths = [single] if single else ranks.gather_objects(ranks.on_main(lambda: Store(root).candidates()))[0]
     rejected: list[RejectedError] = []
     for path in paths:
@@ -76,12 +81,22 @@ def find_checkpoint(
             rejected.append(error)
             say(f"rejected: {error}")
             continue
-        in_place = path.resolve().parent == (run_folder / FOLDER).resolve()
-        return Resumed(checkpoint, in_place, tuple(rejected))
+        return Resumed(checkpoint, is_own(path, run_folder), tuple(rejected))
     if policy == "auto":
         return None
     where = f"{len(rejected)} there, all of them rejected: {rejected[0]}" if rejected else "none there"
     raise RejectedError(root, f"--resume {policy} needs a valid checkpoint, and there is {where}")
+
+
+def lies_in(path: Path, run_folder: Path) -> bool:
+    """Whether a path lies somewhere in a run's folder."""
+    return path.resolve().is_relative_to(run_folder.resolve())
+
+
+def is_own(path: Path, run_folder: Path) -> bool:
+    """Whether a folder is one of the checkpoints that a run counts as its own."""
+    resolved = path.resolve()
+    return resolved.parent == (run_folder / FOLDER).resolve() and NAME.fullmatch(resolved.name) is not None
 
 
 def locate(path: Path) -> tuple[Path, Path | None]:
@@ -160,8 +175,10 @@ def check_same_run(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
     # What follows from other options is news only where they are alike (somebody's own schedule, other data).
     told = [key for key in different if key not in DERIVED] or different
     if told:
+        names = {key: printable(key) for key in told}
         faults = [
-            Fault(key, f"the checkpoint has {json.dumps(theirs.get(key))}, this run {json.dumps(ours.get(key))}") for key in told
+            Fault(names[key], f"the checkpoint has {json.dumps(theirs.get(key))}, this run {json.dumps(ours.get(key))}")
+            for key in told
         ]
         raise ConfigError(
             faults, f"--resume: {checkpoint.path} is of another run (restore these values, or start anew with --resume never)"

@@ -2,58 +2,34 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import time
-from pathlib import Path
 
 from progscale.config import Config
 from progscale.errors import AuditError, NonFiniteError, PreemptedError, ProgscaleError
 from progscale.loop import train
 from progscale.session import Session
-from progscale.setup import Permissions, prepare
-from progscale.signals import Signals, before_training
-from progscale.trackers import mark_preempted
+from progscale.setup import NO_PERMISSIONS, Permissions, prepare
+from progscale.signals import Signals, mark_preempted
 from progscale.watch import Watch
 
-# The launcher tells one rank after the other: who leaves before the last is told looks to it like a crash.
-TOGETHER_SECONDS = 1.0
 
-
-def run(
-    config: Config, *, resume: str = "never", dry_run: bool = False, allow_pickle: bool = False, trust_remote_code: bool = False
-) -> int:
+def run(config: Config, signals: Signals, *, resume: str = "never", permissions: Permissions = NO_PERMISSIONS) -> int:
     """Prepares and trains, in a process that may be told to stop; returns the exit code 0.
+
+    Args:
+        config: of the run.
+        signals: listening.
+        resume: as for `prepare`.
+        permissions: of the command line.
 
     Raises:
         ProgscaleError: on every rank, with the exit code.
     """
-    permissions = Permissions(allow_pickle, trust_remote_code)
-    if dry_run:
-        prepare(config, permissions, dry_run=True)
-        return 0
-    folder = Path(config.run.output_dir) / config.run_name
-    signals = Signals()
-    try:
-        signals.install(lambda: mark_preempted(folder, None, signals.received))
-        session = prepare(config, permissions, resume=resume, signals=signals)
-        assert isinstance(session, Session)
-        # From here on there is something to save: a signal is a flag that the ranks tell each other.
-        signals.training = True
-        run_session(session)
-    except PreemptedError as error:
-        if not signals.training:
-            leave_at_once(signals, error)
-        raise
-    except Exception as error:
-        if signals.received is None or signals.training:
-            raise
-        # What became of the interruption on its way: libraries wrap it, and a collective fails when a peer was quicker to leave.
-        told = PreemptedError(before_training(signals.received))
-        leave_at_once(signals, told)
-        raise told from error
-    finally:
-        signals.uninstall()
+    session = prepare(config, permissions, resume=resume, signals=signals)
+    assert isinstance(session, Session)
+    # From here on there is something to save: a signal is a flag that the ranks tell each other.
+    signals.training = True
+    run_session(session)
     return 0
 
 
@@ -95,12 +71,3 @@ def tell_the_others(watch: Watch, error: BaseException) -> None:
         ranks = ", ".join(map(str, gone))
         print(f"progscale: [rank {watch.rank}] the run ends: rank {ranks} is gone (killed, or out of memory)", file=sys.stderr)
     watch.failed(f"rank {gone[0]} is gone" if gone else f"{type(error).__name__}: {error}")
-
-
-def leave_at_once(signals: Signals, error: PreemptedError) -> None:
-    """Ends a process that was told to stop before training; of several, the others may wait for it in a collective."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        print(f"progscale: {error}", file=sys.stderr, flush=True)
-        time.sleep(TOGETHER_SECONDS)
-        signals.leave()
-    signals.mark()

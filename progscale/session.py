@@ -20,7 +20,7 @@ from progscale.checkpoint.saver import Saved, Saver
 from progscale.config import Config, dump_config
 from progscale.data import GlobalBatch, MicroBatch, TrainLoader, eval_batches
 from progscale.engine.base import Engine, StepResult, Switch
-from progscale.errors import CheckpointError
+from progscale.errors import CheckpointError, WriteError
 from progscale.export import exported_origin
 from progscale.learning_rate import LearningRate
 from progscale.meters import MemoryMeter
@@ -83,8 +83,8 @@ class Session:
     _written_everywhere: bool = False
 
     def __post_init__(self) -> None:
-        # A rank that writes a large checkpoint is not silent.
-        self.saver.sign = lambda: self.sign("saving")
+        # A rank that writes a large checkpoint is not silent; other ranks write other numbers of files.
+        self.saver.sign = lambda: self.sign(None)
 
     @property
     def evaluation_splits(self) -> dict[str, Tokenized]:
@@ -135,8 +135,8 @@ class Session:
 
     # -- stopping and saving --------------------------------------------------------------------------------------
 
-    def sign(self, where: str) -> None:
-        """Tells the watch that this rank goes on."""
+    def sign(self, where: str | None) -> None:
+        """Tells the watch that this rank goes on, and where it stands; None where other ranks may not come by as often."""
         if self.watch is not None:
             self.watch.sign(where)
 
@@ -301,9 +301,20 @@ class Session:
             self.log("step", step=step + 1, stage=stage, loss=mean, grad_norm=result.grad_norm, learning_rate=rate)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """summary.json, by the main process."""
-        if self.folder is not None:
-            self.folder.write("summary.json", summary)
+        """summary.json, by the main process. A collective.
+
+        Raises:
+            WriteError: it cannot be written.
+        """
+
+        def write() -> None:
+            assert self.folder is not None
+            try:
+                self.folder.write("summary.json", summary)
+            except OSError as error:
+                raise WriteError(f"the run is done, but its summary.json cannot be written: {error}") from error
+
+        self.engine.on_main(write)
 
     def close(self) -> None:
         """Lets go of the engine, the progress bar and the process group."""

@@ -39,7 +39,7 @@ from progscale.session import Session
 from progscale.signals import Signals
 from progscale.tasks.base import TASKS, Task, Tokenized
 from progscale.tasks.demo import DEMO_MODEL, demo_tokenizer
-from progscale.trackers import RunConsole, RunFolder
+from progscale.trackers import RunConsole, RunFolder, lock
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def prepare(
     console.show(
         f"{model} ({family.name}) on {task.name}: {len(splits['train'])} training rows, "
         f"{total_steps} steps of {config.train.global_batch_size} rows on {world_size} "
-        f"{'process' if world_size == 1 else 'processes'}, {config.train.precision}"
+        f"{'process' if world_size == 1 else 'processes'} ({torch.device(accelerator.device).type}), {config.train.precision}"
     )
     console.show(render_plan(plan))
     if dry_run:
@@ -124,6 +124,7 @@ def prepare(
     if resume != "never":
         if resume in POLICIES:
             ranks.on_main(lambda: check_unfinished(config, run_folder))
+        ranks.on_main(lambda: restore_replaced(run_folder))
         resumed = find_checkpoint(resume, run_folder, identity, console.show)
         if resumed is not None:
             derive_stage(stages, resumed.checkpoint)
@@ -378,6 +379,20 @@ def open_folder(config: Config, plan: Plan, path: Path, resumed: Resumed | None,
             rejected=[str(error) for error in resumed.rejected],
         )
     return folder
+
+
+def restore_replaced(path: Path) -> None:
+    """Brings back the run's checkpoint that was being saved again when it was killed: there may be no other.
+
+    Raises:
+        ConfigError: another process is at work in the run's folder, and may be the one that replaces it.
+    """
+    store = Store(path / CHECKPOINTS)
+    if store.replaced():
+        held = lock(path)
+        store.restore()
+        if held is not None:
+            held.release()
 
 
 def check_outside(path: Path, checkpoint: Path) -> None:

@@ -2,29 +2,35 @@
 
 Before training there is nothing to save, and the signal ends the process at once. While training it only sets a flag, which
 the ranks tell each other with every step and every evaluation batch; they then save at the same step and leave together.
+Needs no torch, whose import alone takes seconds in which a signal may come.
 """
 
 from __future__ import annotations
 
-import ctypes
+import json
 import os
-import re
 import signal
 import socket
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from progscale.errors import PreemptedError
+from progscale import launcher
+from progscale.errors import PreemptedError, ProgscaleError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+PREEMPTED = "PREEMPTED"
 # A terminal sends Ctrl-C to every process of the launch, and the launcher passes it on: the second one is the same press.
 SAME_PRESS_SECONDS = 1.0
 # How long the main thread may take to come out of compiled code before training, where nothing can be lost.
 LEAVE_SECONDS = 5.0
+# The launcher tells one rank after the other: who leaves before the last is told looks to it like a crash.
+TOGETHER_SECONDS = 1.0
 
 
 class Signals:
@@ -33,25 +39,54 @@ class Signals:
     Attributes:
         received: name of the first signal; None when there was none.
         training: whether there is something to save.
+        folder: of the run, for the marker of one that was stopped before it began; None while it is not known.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
         self.training = False
-        self._on_leave: Callable[[], None] = lambda: None
+        self.folder: Path | None = None
         self._before: dict[int, Any] = {}
         self._wakeup_before = -1
         self._there: socket.socket | None = None
+        self._launcher = os.getppid()
+        self._started = time.time()
+        self._is_crash: bool | None = None
 
-    def install(self, on_leave: Callable[[], None] = lambda: None) -> None:
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Signals reach this process within; one that comes before training ends what is done there.
+
+        Raises:
+            PreemptedError: this process was told to stop.
+            ProgscaleError: another rank crashed.
+        """
+        try:
+            self.install()
+            yield
+        except PreemptedError as error:
+            if not self.training:
+                self._leave_together(error)
+            raise
+        except Exception as error:
+            if self.received is None or self.training:
+                raise
+            # What became of the interruption on its way: libraries wrap it, and a collective fails when a peer was quicker to
+            # leave.
+            told = self.ending()
+            self._leave_together(told)
+            raise told from error
+        finally:
+            self.uninstall()
+
+    def install(self) -> None:
         """Takes over the signals, in the main thread only: elsewhere Python has none.
 
-        Args:
-            on_leave: called when the process leaves before it began to train (writes the marker).
+        Raises:
+            PreemptedError: the launcher is gone already.
         """
         if threading.current_thread() is not threading.main_thread():
             return
-        self._on_leave = on_leave
         here, there = socket.socketpair()
         there.setblocking(False)
         # A handler of Python's waits until compiled code returns; the number arrives here at once.
@@ -59,7 +94,9 @@ class Signals:
         threading.Thread(target=self._listen, args=(here,), name="signals", daemon=True).start()
         for number in SIGNALS:
             self._before[number] = signal.signal(number, self._handle)
-        follow_the_launcher()
+        launcher.follow()
+        if launcher.is_orphan():  # it died before the kernel was asked
+            raise PreemptedError("the launcher is gone: nothing is lost; start it again")
 
     def uninstall(self) -> None:
         """Gives the signals back to whoever had them."""
@@ -73,20 +110,45 @@ class Signals:
         self._there.close()
         self._there = None
 
-    def mark(self) -> None:
-        """Leaves word that the run was stopped before it began."""
-        self._on_leave()
+    def ending(self) -> ProgscaleError:
+        """How a run ends that was told to stop before it began to train."""
+        if self._is_crash is None:
+            self._is_crash = launcher.lacks_ranks(self._launcher, os.environ) and not self._is_marked()
+        if self._is_crash:
+            return ProgscaleError("another rank of this machine is gone, and the launcher ends the run")
+        return PreemptedError(f"{self.received} before training began: nothing is lost; start it again")
 
-    def leave(self) -> None:
+    def leave(self, error: ProgscaleError) -> None:
         """Ends the process on the spot."""
-        self.mark()
-        os._exit(PreemptedError.exit_code)
+        self._mark(error)
+        os._exit(error.exit_code)
+
+    def _leave_together(self, error: ProgscaleError) -> None:
+        """Leaves word; one rank of several ends here, as the others may wait for it in a collective."""
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            print(f"progscale: {error}", file=sys.stderr, flush=True)
+            time.sleep(TOGETHER_SECONDS)
+            self.leave(error)
+        self._mark(error)
+
+    def _mark(self, error: ProgscaleError) -> None:
+        if self.folder is not None and isinstance(error, PreemptedError):
+            mark_preempted(self.folder, None, self.received)
+
+    def _is_marked(self) -> bool:
+        """Whether a rank that has left already was told to stop too."""
+        if self.folder is None:
+            return False
+        try:
+            return bool(json.loads((self.folder / PREEMPTED).read_text(encoding="utf-8"))["time"] >= self._started)
+        except (OSError, ValueError, TypeError, KeyError):
+            return False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received = signal.Signals(number).name
             if not self.training:
-                raise PreemptedError(before_training(self.received))
+                raise self.ending()
 
     def _listen(self, here: socket.socket) -> None:
         pressed: float | None = None
@@ -99,35 +161,28 @@ class Signals:
                 os._exit(128 + number)
             pressed = pressed or (now if number == signal.SIGINT else None)
             if not self.training:
+                self.ending()  # now, while the ranks that were told too are still there
                 # The handler's exception may be late, or raised where exceptions are dropped.
                 time.sleep(LEAVE_SECONDS)
                 # A caller that has dealt with the exception goes on (a notebook).
                 if not self.training and self._there is not None:
-                    self.leave()
+                    self.leave(self.ending())
 
 
-def before_training(name: str) -> str:
-    """What is said when a run ends that had not begun."""
-    return f"{name} before training began: nothing is lost; start it again"
+def mark_preempted(folder: Path, step: int | None, signal: str | None) -> None:
+    """Leaves the marker by which a script knows that the run wants to be started again; removed when it is.
 
+    It is a help, and the exit code says the same: on a full disk there is none.
 
-def follow_the_launcher() -> None:
-    """Has the kernel send SIGTERM when the launcher dies: it may be killed, or pass no signals on (one process).
-
-    Started by hand there is no launcher: a shell that closes must not end a run that was meant to go on.
+    Args:
+        folder: of the run.
+        step: that is saved; None where training had not begun.
+        signal: that came to this process; None where it came to another.
     """
-    if not any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")):
-        return
-    set_option = getattr(ctypes.CDLL(None), "prctl", None)
-    if set_option is not None:  # Linux
-        parent_death_signal = 1
-        set_option(parent_death_signal, int(signal.SIGTERM), 0, 0, 0)
-    if is_orphan():  # it died before the kernel was asked
-        raise PreemptedError("the launcher is gone: nothing is lost; start it again")
-
-
-def is_orphan() -> bool:
-    """Whether the process that started this one is gone, and the system's first process stands in for it."""
-    first = Path("/proc/1/cmdline")
-    # In a container the launcher may itself be the first process.
-    return os.getppid() == 1 and first.exists() and not re.search(rb"python|accelerate|torchrun", first.read_bytes())
+    partial = folder / f".{PREEMPTED}.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps({"step": step, "signal": signal, "time": round(time.time(), 3)}) + "\n", encoding="utf-8")
+        os.replace(partial, folder / PREEMPTED)
+    except OSError as error:
+        print(f"progscale: the marker {folder / PREEMPTED} cannot be written ({error.strerror})", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import sys
@@ -18,9 +19,11 @@ from rich.table import Table
 
 from progscale.data import MicroBatch
 from progscale.errors import ConfigError, Fault
+from progscale.signals import PREEMPTED
 
-PREEMPTED = "PREEMPTED"
 LOCK = ".lock"
+
+log = logging.getLogger("progscale")
 
 
 class RunFolder:
@@ -52,6 +55,8 @@ class RunFolder:
         self.path = path
         self.moved: Path | None = None
         self._lock: BaseFileLock | None = None
+        self._unwritten = bytearray()
+        self._told = False
         try:
             if resume_bytes is None:
                 self._claim(config_hash, named)
@@ -61,13 +66,14 @@ class RunFolder:
                 self._rewind(resume_bytes)
             (path / PREEMPTED).unlink(missing_ok=True)
             self.write("config.json", {"hash": config_hash, **config})
+            # Unbuffered: what could not be written must be known, and not be tried again at some later time.
+            self._metrics = (path / "metrics.jsonl").open("ab", buffering=0)
         except OSError as error:
             raise ConfigError(
                 Fault(
                     "run.output_dir", f"'{path}' cannot be written ({error.strerror}); choose another with --set run.output_dir=…"
                 )
             ) from error
-        self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
 
     def _claim(self, config_hash: str, named: bool) -> None:
         """Moves an earlier run aside; nothing is ever overwritten."""
@@ -107,8 +113,7 @@ class RunFolder:
 
     def sync(self) -> int:
         """Sees metrics.jsonl onto the disk; returns its bytes."""
-        self._metrics.flush()
-        os.fsync(self._metrics.fileno())
+        self._write_records(sync=True)
         return os.fstat(self._metrics.fileno()).st_size
 
     def write(self, name: str, content: Any) -> None:
@@ -119,13 +124,32 @@ class RunFolder:
         os.replace(partial, target)
 
     def record(self, kind: str, **values: Any) -> None:
-        """Adds a line to metrics.jsonl."""
+        """Adds a line to metrics.jsonl; one that cannot be written now is kept, and written with a later one."""
         line = {"kind": kind, "time": round(time.time(), 3), **values}
-        self._metrics.write(json.dumps(without_nan(line), allow_nan=False) + "\n")
-        self._metrics.flush()
+        self._unwritten += (json.dumps(without_nan(line), allow_nan=False) + "\n").encode()
+        self._write_records()
+
+    def _write_records(self, *, sync: bool = False) -> None:
+        try:
+            while self._unwritten:
+                del self._unwritten[: self._metrics.write(self._unwritten)]
+            if sync:
+                os.fsync(self._metrics.fileno())
+        except OSError as error:
+            # A disk that is full may have room later, and no record is worth a run.
+            if not self._told:
+                log.warning("%s cannot be written (%s): records are kept until it can", self._metrics.name, error.strerror)
+            self._told = True
+        else:
+            self._told = False
 
     def close(self) -> None:
         """Closes metrics.jsonl, and lets others have the folder; a second time it does nothing."""
+        if self._unwritten:
+            self._write_records()
+        if self._unwritten:
+            log.warning("%d bytes of records are lost: they could not be written to %s", len(self._unwritten), self._metrics.name)
+            self._unwritten.clear()
         self._metrics.close()
         if self._lock is not None:
             self._lock.release()
@@ -152,20 +176,6 @@ def lock(folder: Path) -> BaseFileLock | None:
     return found
 
 
-def mark_preempted(folder: Path, step: int | None, signal: str | None) -> None:
-    """Leaves the marker by which a script knows that the run wants to be started again; removed when it is.
-
-    Args:
-        folder: of the run.
-        step: that is saved; None where training had not begun.
-        signal: that came to this process; None where it came to another.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{PREEMPTED}.{os.getpid()}"
-    partial.write_text(json.dumps({"step": step, "signal": signal, "time": round(time.time(), 3)}) + "\n", encoding="utf-8")
-    os.replace(partial, folder / PREEMPTED)
-
-
 def without_nan(value: Any) -> Any:
     """The value with null for NaN and infinity, which no JSON has and most readers refuse."""
     if isinstance(value, float):
@@ -186,7 +196,15 @@ class RunConsole:
     """
 
     def __init__(self, is_main: bool, line_seconds: float = 10.0) -> None:
-        self._console = Console(file=sys.stdout, quiet=not is_main, highlight=False, width=None if sys.stdout.isatty() else 120)
+        self._console = Console(
+            file=sys.stdout,
+            quiet=not is_main,
+            # Text is shown as it is: names of files and labels may look like markup.
+            markup=False,
+            emoji=False,
+            highlight=False,
+            width=None if sys.stdout.isatty() else 120,
+        )
         self._line_seconds = line_seconds
         self._last_line = 0.0
         self._progress: Progress | None = None
@@ -194,7 +212,7 @@ class RunConsole:
         self._total_steps = 0
 
     def show(self, thing: Any) -> None:
-        """Prints a line, a table or anything rich can render."""
+        """Prints a line as it is, a table or anything rich can render."""
         self._console.print(thing)
 
     def begin(self, total_steps: int, done: int = 0) -> None:

@@ -147,9 +147,7 @@ class Saver:
             return None
         begin = time.perf_counter()
         if pending.thread is not None:
-            while pending.thread.is_alive():
-                pending.thread.join(1.0)
-                self.sign()
+            pending.thread.join()
         parts: list[_Part] = self._engine.gather_objects(pending.part)
         failures = [f"rank {rank}: {part.failure}" for rank, part in enumerate(parts) if part.failure]
         needed = sum(part.bytes for part in parts)

@@ -55,10 +55,16 @@ class Store:
 
     def restore(self) -> None:
         """Brings a checkpoint back that was being replaced when its run was killed."""
-        for path in self._entries():
-            original = self.root / path.name.removeprefix(REPLACED)
-            if path.name.startswith(REPLACED) and not os.path.lexists(original):
-                os.rename(path, original)
+        for path in self.replaced():
+            os.rename(path, self.root / path.name.removeprefix(REPLACED))
+
+    def replaced(self) -> list[Path]:
+        """Checkpoints that `restore` would bring back."""
+        return [
+            path
+            for path in self._entries()
+            if path.name.startswith(REPLACED) and not os.path.lexists(self.root / path.name.removeprefix(REPLACED))
+        ]
 
     def candidates(self) -> list[Path]:
         """Checkpoint folders, the highest step first; what lies there is not yet looked into.
@@ -93,7 +99,7 @@ class Store:
         content = canonical(state)
         files = {**files, STATE: write_durably(staged / STATE, content)}
         write_durably(staged / MANIFEST, Manifest(step, files).to_bytes())
-        sync_folder(staged)
+        sync(staged)
         final = self.path_of(step)
         replaced = self.root / f"{REPLACED}{final.name}"
         if final.exists():
@@ -104,7 +110,7 @@ class Store:
         except OSError:
             self.restore()
             raise
-        sync_folder(self.root)
+        sync(self.root)
         if replaced.exists():
             shutil.rmtree(replaced)
         self._point_to(final, step)
@@ -163,8 +169,8 @@ def write_durably(path: Path, content: bytes) -> FileInfo:
     return FileInfo(len(content), hashlib.sha256(content).hexdigest())
 
 
-def sync_folder(path: Path) -> None:
-    """Sees the names in a folder onto the disk."""
+def sync(path: Path) -> None:
+    """Sees a file's content, or the names in a folder, onto the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -307,6 +307,15 @@ class Engine(ABC):
         tensor = self.parameters[name] if name in self.parameters else self.buffers[name]
         return 0, tensor.detach().view(-1)
 
+    def state_is_finite(self) -> bool:
+        """Whether all weights, masters and moments of all ranks are finite. Reads them all; a collective."""
+        tensors = [self.held(name)[1] for name in self.parameters]
+        for shard in self.shards():
+            tensors += [shard.tensor, *(value for value in shard.state.values() if isinstance(value, torch.Tensor))]
+        # No mask as large as a shard: the extremes are NaN where an element is.
+        extremes = [extreme for tensor in tensors if tensor.numel() for extreme in torch.aminmax(tensor.detach())]
+        return not self.any_true(not all(bool(extreme.isfinite()) for extreme in extremes))
+
     def sizes(self) -> dict[str, int]:
         """Elements of every whole parameter and buffer that a checkpoint has, also where this rank holds only a part."""
         buffers = {name: buffer.numel() for name, buffer in self.buffers.items()}

@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
+from progscale.engine import ranks
 from progscale.engine.base import Engine, EngineSettings
 from progscale.engine.local import LocalEngine
 from progscale.errors import UserError
+from progscale.launcher import keeps_store, read_ranks, try_port
 
 
 def world_size() -> int:
@@ -34,9 +36,12 @@ def set_up_cpu(threads: int | None = None) -> int:
 
     Returns:
         The number of threads set.
+
+    Raises:
+        UserError: the launcher's variables do not fit together.
     """
     torch.set_flush_denormal(True)
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_ranks = read_ranks(os.environ).local
     # macOS does not tell which cores a process may use.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = threads or max(1, cores // local_ranks)
@@ -54,8 +59,15 @@ def make_accelerator(*, deepspeed: Mapping[str, Any] | None, timeout_seconds: in
         timeout_seconds: of collectives.
 
     Raises:
-        UserError: the launcher was told of DeepSpeed, FSDP or another kind of parallelism that the run's config has not.
+        UserError: the launcher was told of DeepSpeed, FSDP or another kind of parallelism that the run's config has not, or
+            rank 0 cannot have the port.
     """
+    if keeps_store(os.environ) and not ranks.is_distributed():
+        port = int(os.environ["MASTER_PORT"])
+        try:
+            try_port(port)
+        except OSError as error:
+            raise UserError(f"MASTER_PORT: {port} cannot be opened ({error.strerror}); choose another") from error
     take_over_launcher_settings(deepspeed is not None)
     on_gpu = torch.cuda.is_available()
     if deepspeed is not None and not on_gpu:

@@ -459,7 +459,6 @@ print(json.dumps(found), file=sys.__stdout__)
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="engine.launch takes the launcher's variables as they are")
 def test_a_launchers_variables_that_do_not_fit(tmp_path: Path) -> None:
     """`progscale doctor` names them."""
     hidden = (*RENDEZVOUS, "LOCAL_WORLD_SIZE")

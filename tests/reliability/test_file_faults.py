@@ -292,7 +292,6 @@ def test_killed_at_every_operation_of_a_background_save(runs: Runs) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="export.py: a torn progscale.json ends the next run in JSONDecodeError; model.old stays")
 def test_killed_at_every_operation_of_an_export(runs: Runs) -> None:
     """Of the first model, and of the second, which takes its place."""
     operations = runs.operations("export")
@@ -386,7 +385,6 @@ def test_killed_at_every_operation_of_saving_again(runs: Runs, whole_again: Path
     each(range(1, len(operations) + 1), check, operations)
 
 
-@pytest.mark.xfail(strict=True, reason="resume.find_checkpoint looks before Store.restore has brought .old-… back")
 def test_the_only_checkpoint_while_it_is_replaced(runs: Runs) -> None:
     """Killed between the two renames: there is no other checkpoint to fall back to."""
     base = stopped_in_evaluation(runs, checkpoint__every_steps=None)
@@ -523,7 +521,6 @@ def test_checkpoints_on_a_full_disk_of_their_own(runs: Runs) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="metrics.jsonl is on the same disk, and its OSError is nobody's")
 def test_a_full_disk_that_the_records_share(runs: Runs) -> None:
     """Told to train on without checkpoints, a run does so; that its records cannot be written either is said in a line."""
     output, at = runs.new(), place_of(runs.operations("plain"), *PLACES["a shard written"])

@@ -241,9 +241,6 @@ def has_mapped_torch(process: int) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["plain", "ddp"])
-@pytest.mark.xfail(
-    strict=True, reason="signals are taken over after torch is imported: the first seconds of a launch are without"
-)
 def test_a_signal_while_importing(runs: Runs, tmp_path: Path, cache: Path, engine: str) -> None:
     """In the first seconds of a launch; no worker may train on when its launcher is gone."""
     ranks = ranks_of(engine)
@@ -256,7 +253,6 @@ def test_a_signal_while_importing(runs: Runs, tmp_path: Path, cache: Path, engin
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="the launcher's SIGTERM after another rank's death is taken for a preemption")
 def test_a_rank_that_dies_while_preparing_is_no_preemption(tmp_path: Path, cache: Path) -> None:
     """Nobody told the run to stop; a script that starts preempted runs again must not do so here."""
     # One rank tokenises, slowly, and the other waits for it.

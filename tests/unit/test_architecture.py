@@ -16,13 +16,13 @@ PACKAGE = Path(__file__).parents[2] / "progscale"
 ORDER = [
     *("errors", "numbers", "registry", "config", "schedule", "names"),
     *("blocks", "models", "methods", "plan", "paper"),
-    *("learning_rate", "optim", "engine"),
+    *("launcher", "signals", "learning_rate", "optim", "engine"),
     *("tasks", "data"),
-    *("checkpoint", "resume", "verify", "signals", "watch"),
+    *("checkpoint", "resume", "verify", "watch"),
     *("meters", "trackers", "export"),
     *("session", "setup", "progress", "loop", "run", "doctor", "cli", "__main__"),
 ]
-WITHOUT_TORCH = ("errors", "numbers", "registry", "config", "schedule", "names", "learning_rate", "cli")
+WITHOUT_TORCH = ("errors", "numbers", "registry", "config", "schedule", "names", "learning_rate", "launcher", "signals", "cli")
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 

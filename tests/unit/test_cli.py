@@ -96,7 +96,7 @@ def test_list_options_names_every_key(command: Command) -> None:
 def test_dry_run_shows_the_plan_and_writes_nothing(command: Command) -> None:
     answer = command("train", "--dry-run", "--set", "task.max_train_examples=96", "--set", "train.epochs=2")
     assert answer.code == 0
-    assert "demo encoder (bert) on demo: 96 training rows, 6 steps of 32 rows on 1 process, fp32" in answer.out
+    assert "demo encoder (bert) on demo: 96 training rows, 6 steps of 32 rows on 1 process (cpu), fp32" in answer.out
     assert "blocks 3-5" in answer.out or "3" in answer.out
     assert list(Path.cwd().iterdir()) == []
 

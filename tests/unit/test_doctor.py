@@ -170,8 +170,8 @@ def test_gpus() -> None:
         ({}, 1, "auto", Ranks(4, 2, 0), "problem", "4, of which 2 on this machine; GPUs here: 1"),
         ({"MASTER_PORT": None}, 0, "auto", Ranks(), "problem", "but not MASTER_PORT"),
         ({"RANK": None, "LOCAL_RANK": None}, 0, "auto", Ranks(), "problem", "but not RANK, LOCAL_RANK"),
-        ({"WORLD_SIZE": "four"}, 0, "auto", Ranks(), "problem", "four, 2, 0"),
-        ({"WORLD_SIZE": "0"}, 0, "auto", Ranks(), "problem", "0, 2, 0"),
+        ({"WORLD_SIZE": "four"}, 0, "auto", Ranks(), "problem", "WORLD_SIZE: 'four' is no number"),
+        ({"WORLD_SIZE": "0"}, 0, "auto", Ranks(), "problem", "RANK: 0 is not below WORLD_SIZE, 0"),
     ],
 )
 def test_processes(changes: dict[str, str | None] | None, gpus: int, engine: str, ranks: Ranks, status: str, says: str) -> None:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,13 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from progscale import run as run_module
+from progscale import launcher
 from progscale import signals as module
-from progscale.config import load_config
-from progscale.errors import PreemptedError
-from progscale.run import leave_at_once
-from progscale.signals import Signals, before_training, follow_the_launcher
-from tests.harness.programs import REPOSITORY
+from progscale.errors import PreemptedError, ProgscaleError
+from progscale.signals import Signals, mark_preempted
 
 # The thread that should have ended the process ends instead.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -47,7 +41,7 @@ def exits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(os, "_exit", leave)
     monkeypatch.setattr(module, "LEAVE_SECONDS", 0.2)
     monkeypatch.setattr(module, "SAME_PRESS_SECONDS", 0.2)
-    monkeypatch.setattr(run_module, "TOGETHER_SECONDS", 0.2)
+    monkeypatch.setattr(module, "TOGETHER_SECONDS", 0.05)
     return codes
 
 
@@ -138,17 +132,17 @@ def test_a_ctrl_c_after_another_signal_is_no_second_press(signals: Signals, exit
     assert exits == []
 
 
-def test_an_exception_that_somebody_swallows_does_not_keep_the_process(exits: list[int]) -> None:
+def test_an_exception_that_somebody_swallows_does_not_keep_the_process(exits: list[int], tmp_path: Path) -> None:
     """Raised where exceptions are dropped (a destructor, a callback of compiled code), it would be lost."""
-    marked: list[str] = []
     signals = Signals()
-    signals.install(lambda: marked.append(str(signals.received)))
+    signals.folder = tmp_path / "a"
+    signals.install()
     try:
         with pytest.raises(PreemptedError):
             send(signal.SIGTERM)
         assert exits == []
         wait_until(lambda: exits == [75])
-        assert marked == ["SIGTERM"]
+        assert json.loads((tmp_path / "a" / "PREEMPTED").read_text())["signal"] == "SIGTERM"
     finally:
         signals.uninstall()
 
@@ -209,114 +203,117 @@ def test_only_the_main_thread_has_signals() -> None:
 # -- how a run leaves that had not begun ----------------------------------------------------------------------------
 
 
-def test_alone_it_leaves_word_and_returns(monkeypatch: pytest.MonkeyPatch, exits: list[int]) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    marked: list[bool] = []
+@pytest.fixture
+def told(exits: list[int], tmp_path: Path) -> Signals:
+    """Of a run in tmp_path/a, not yet installed."""
     signals = Signals()
-    signals._on_leave = lambda: marked.append(True)
-    leave_at_once(signals, PreemptedError(before_training("SIGTERM")))
-    assert (marked, exits) == ([True], [])
+    signals.folder = tmp_path / "a"
+    return signals
+
+
+def marker(signals: Signals) -> dict[str, object] | None:
+    assert signals.folder is not None
+    path = signals.folder / "PREEMPTED"
+    found: dict[str, object] | None = json.loads(path.read_text()) if path.exists() else None
+    return found
+
+
+def test_alone_it_leaves_word_and_raises(monkeypatch: pytest.MonkeyPatch, told: Signals, exits: list[int]) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(PreemptedError, match="SIGTERM before training began"), told.listening():
+        send(signal.SIGTERM)
+    found = marker(told)
+    assert found is not None and (found["step"], found["signal"]) == (None, "SIGTERM")
+    assert exits == []
 
 
 def test_one_of_several_leaves_on_the_spot(
-    monkeypatch: pytest.MonkeyPatch, exits: list[int], capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, told: Signals, exits: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The others may be in a collective, where an ordinary end would wait for them."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    marked: list[bool] = []
-    signals = Signals()
-    signals._on_leave = lambda: marked.append(True)
-    with pytest.raises(Left):
-        leave_at_once(signals, PreemptedError(before_training("SIGTERM")))
-    assert (marked, exits) == ([True], [75])
+    with pytest.raises(Left), told.listening():
+        send(signal.SIGTERM)
+    assert exits == [75]
+    assert marker(told) is not None
     assert capsys.readouterr().err == "progscale: SIGTERM before training began: nothing is lost; start it again\n"
 
 
-def interrupted(signals: list[Signals], error: Exception) -> Callable[..., None]:
-    """In place of `prepare`: it is told to stop, and something else comes of it."""
-
-    def prepare(*arguments: object, signals: Signals, **options: object) -> None:
-        told.append(signals)
-        with contextlib.suppress(PreemptedError):
-            send(signal.SIGTERM)
-        raise error
-
-    told = signals
-    return prepare
+def test_where_the_folder_is_not_known_yet_nothing_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(PreemptedError), Signals().listening():
+        send(signal.SIGTERM)
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interruption_that_a_library_wraps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, exits: list[int]) -> None:
+def test_an_interruption_that_a_library_wraps(monkeypatch: pytest.MonkeyPatch, told: Signals) -> None:
     """Imports that are made late turn every error into their own; the run was still told to stop."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    told: list[Signals] = []
-    monkeypatch.setattr(run_module, "prepare", interrupted(told, RuntimeError("Failed to import")))
-    with pytest.raises(PreemptedError, match="SIGTERM before training began"):
-        run_module.run(load_config([], [f"run.output_dir={tmp_path}", "run.name=a"]))
-    assert json.loads((tmp_path / "a" / "PREEMPTED").read_text())["signal"] == "SIGTERM"
+    with pytest.raises(PreemptedError, match="SIGTERM before training began"), told.listening():
+        with contextlib.suppress(PreemptedError):
+            send(signal.SIGTERM)
+        raise RuntimeError("Failed to import")
+    assert marker(told) is not None
 
 
-def test_an_error_that_nobody_interrupted_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def prepare(*arguments: object, **options: object) -> None:
+def test_an_error_that_nobody_interrupted_is_an_error(told: Signals) -> None:
+    with pytest.raises(RuntimeError, match="a fault"), told.listening():
         raise RuntimeError("a fault")
-
-    monkeypatch.setattr(run_module, "prepare", prepare)
-    with pytest.raises(RuntimeError, match="a fault"):
-        run_module.run(load_config([], [f"run.output_dir={tmp_path}", "run.name=a"]))
-    assert not (tmp_path / "a").exists()
+    assert marker(told) is None
 
 
-# -- when the launcher dies -----------------------------------------------------------------------------------------
-
-WORKER = """
-import os, signal, sys, time
-from progscale.signals import follow_the_launcher
-signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0 if os.getppid() != launcher else 1))
-launcher = os.getppid()
-follow_the_launcher()
-open(sys.argv[1], "w").write(str(os.getpid()))
-time.sleep(30)
-"""
-LAUNCHER = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', sys.argv[1], sys.argv[2]]); time.sleep(30)"
+def test_an_error_while_training_is_an_error(told: Signals) -> None:
+    with pytest.raises(RuntimeError, match="a fault"), told.listening():
+        told.training = True
+        send(signal.SIGTERM)
+        raise RuntimeError("a fault")
+    assert marker(told) is None
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's promise is Linux's")
-@pytest.mark.parametrize(
-    "environment",
-    [{"TORCHELASTIC_RUN_ID": "none"}, {"ACCELERATE_MIXED_PRECISION": "no"}, {}],
-    ids=["torchrun", "accelerate", "none"],
-)
-def test_a_launcher_that_is_killed(tmp_path: Path, environment: dict[str, str]) -> None:
-    """Its worker is told, though nobody could pass anything on; a shell that closes ends nothing."""
-    file = tmp_path / "worker"
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("TORCHELASTIC", "ACCELERATE"))}
-    launcher = subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER, WORKER, str(file)], env={**inherited, **environment, "PYTHONPATH": str(REPOSITORY)}
-    )
-    wait_until(lambda: file.exists() and file.stat().st_size > 0, 30)
-    worker = int(Path(file).read_text())
-    launcher.kill()
-    launcher.wait()
-    try:
-        if environment:
-            wait_until(lambda: not is_alive(worker))
-        else:
-            time.sleep(0.3)
-            assert is_alive(worker)
-    finally:
-        if is_alive(worker):
-            os.kill(worker, signal.SIGKILL)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_another_ranks_crash_is_no_preemption(
+    monkeypatch: pytest.MonkeyPatch, told: Signals, exits: list[int], capsys: pytest.CaptureFixture[str], wrapped: bool
+) -> None:
+    """The launcher ends the ranks that are left with the signal by which it passes on a preemption."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(launcher, "lacks_ranks", lambda process, environment: True)
+    with pytest.raises(Left), told.listening():
+        with contextlib.suppress(ProgscaleError) if wrapped else contextlib.nullcontext():
+            send(signal.SIGTERM)
+        raise RuntimeError("Failed to import")
+    assert exits == [1]
+    assert marker(told) is None
+    assert capsys.readouterr().err == "progscale: another rank of this machine is gone, and the launcher ends the run\n"
 
 
-def is_alive(process: int) -> bool:
-    try:
-        stat = Path(f"/proc/{process}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] != "Z"
+@pytest.mark.parametrize(("age_seconds", "code"), [(0.0, 75), (3600.0, 1)])
+def test_a_rank_that_left_before_for_the_same_reason(
+    monkeypatch: pytest.MonkeyPatch, told: Signals, exits: list[int], age_seconds: float, code: int
+) -> None:
+    """It has left the marker; one that is older than this process is of an earlier run."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(launcher, "lacks_ranks", lambda process, environment: True)
+    assert told.folder is not None
+    mark_preempted(told.folder, None, "SIGTERM")
+    told._started += age_seconds
+    with pytest.raises(Left), told.listening():
+        send(signal.SIGTERM)
+    assert exits == [code]
 
 
-def test_a_system_without_that_option(monkeypatch: pytest.MonkeyPatch) -> None:
-    """macOS has no prctl."""
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
-    follow_the_launcher()
+def test_a_marker_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The exit code says the same."""
+    (tmp_path / "file").touch()
+    mark_preempted(tmp_path / "file", 3, "SIGTERM")
+    assert "PREEMPTED cannot be written (File exists)" in capsys.readouterr().err
+
+
+def test_orphans_do_not_begin(monkeypatch: pytest.MonkeyPatch, told: Signals) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(launcher, "is_orphan", lambda: True)
+    before = [signal.getsignal(number) for number in NUMBERS]
+    with pytest.raises(PreemptedError, match="the launcher is gone"), told.listening():
+        raise AssertionError("it began")
+    assert [signal.getsignal(number) for number in NUMBERS] == before
+    assert marker(told) is not None

@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 import torch
-from rich.errors import MarkupError
 
 from progscale.checkpoint import manifest
 from progscale.checkpoint.manifest import MANIFEST, STATE, canonical
@@ -419,9 +418,6 @@ def contents_of(folder: Path) -> dict[str, bytes]:
 # -- what is shown ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(
-    strict=True, raises=(MarkupError, AssertionError), reason="RunConsole.show takes brackets in any text for rich's markup"
-)
 @pytest.mark.parametrize("text", ["[/b]", "[/]", "[link=file:///etc/passwd]"])
 def test_brackets_in_what_is_shown(run: Path, text: str) -> None:
     """A message is shown as it is."""
@@ -432,7 +428,6 @@ def test_brackets_in_what_is_shown(run: Path, text: str) -> None:
     assert text in answer.out.replace("\n", "")
 
 
-@pytest.mark.xfail(strict=True, raises=(UnicodeEncodeError, AssertionError), reason="names from state.json are shown as they are")
 @pytest.mark.parametrize("name", ["\ud800", "\x1b[2J\x1b]0;owned\x07", "a\nprogscale: all is well"])
 def test_names_that_no_terminal_should_get(run: Path, name: str) -> None:
     """Half characters, control sequences and line ends are shown as text."""
@@ -446,14 +441,12 @@ def test_names_that_no_terminal_should_get(run: Path, name: str) -> None:
         assert main(command(run, "--resume", "auto")) == 0
 
 
-@pytest.mark.xfail(strict=True, raises=OSError, reason="locate asks whether it exists, and gets the error of the system")
 @pytest.mark.parametrize("length", [300, 5000])
 def test_a_path_that_no_system_takes(length: int) -> None:
     with pytest.raises(RejectedError, match="there is no such folder"):
         locate(Path("x" * length))
 
 
-@pytest.mark.xfail(strict=True, raises=FileNotFoundError, reason="open_folder cleans away the checkpoint that it goes on from")
 @pytest.mark.parametrize("name", [".tmp-00000003-0123", ".old-step-00000003"])
 def test_a_leftover_by_its_path(run: Path, name: str) -> None:
     """Somebody looks for what can be saved, and names it: it is refused, or taken, and in no case deleted."""
