@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from progscale import __version__
 from progscale.config import Config, describe_schema, dump_config, load_config
 from progscale.config.schema import SQUAD_TASKS
-from progscale.errors import ConfigError, DataError, Fault, ModelError, ProgscaleError, UserError
+from progscale.errors import ConfigError, DataError, Fault, LaunchError, ModelError, ProgscaleError, UserError
 from progscale.launcher import read_ranks
 from progscale.names import name_faults
 from progscale.signals import Signals
@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ProgscaleError as error:
         rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
         # All ranks meet the same mistake, and one of them says it; but files may be missing on one node alone.
-        if rank == "0" or (local_rank == "0" and isinstance(error, DataError | ModelError)):
+        is_own = isinstance(error, LaunchError) or (local_rank == "0" and isinstance(error, DataError | ModelError))
+        if rank == "0" or is_own:
             print(f"progscale: {'' if rank == '0' else f'[rank {rank}] '}{error}", file=sys.stderr)
         return error.exit_code
     except Exception:

@@ -52,6 +52,10 @@ class AuditError(ProgscaleError):
     exit_code = 3
 
 
+class LaunchError(UserError):
+    """What the launcher tells this process of its rank cannot be; other ranks may have been told something else."""
+
+
 class WriteError(ProgscaleError):
     """A file of the run could not be written; what was there is untouched."""
 

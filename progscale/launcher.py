@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from progscale.errors import UserError
+from progscale.errors import LaunchError
 
 # What torchrun, accelerate launch and deepspeed give every rank of several.
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -30,28 +30,28 @@ def read_ranks(environment: Mapping[str, str]) -> Ranks:
     """The ranks that the launcher's variables tell of.
 
     Raises:
-        UserError: they are incomplete, no numbers, or contradict each other.
+        LaunchError: they are incomplete, no numbers, or contradict each other.
     """
     local_world_size = environment.get("LOCAL_WORLD_SIZE", "1")
     if not local_world_size.isdecimal() or int(local_world_size) == 0:
-        raise UserError(f"LOCAL_WORLD_SIZE: '{local_world_size}' is no number of processes, from 1; {REMEDY}")
+        raise LaunchError(f"LOCAL_WORLD_SIZE: '{local_world_size}' is no number of processes, from 1; {REMEDY}")
     if not {"RANK", "LOCAL_RANK"} & set(environment) and environment.get("WORLD_SIZE", "1") == "1":
         return Ranks(local=int(local_world_size))
     if missing := [key for key in VARIABLES if key not in environment]:
-        raise UserError(f"a launcher's variables are set, but not {', '.join(missing)}; {REMEDY}")
+        raise LaunchError(f"a launcher's variables are set, but not {', '.join(missing)}; {REMEDY}")
     numbers = {key: environment[key] for key in VARIABLES if key != "MASTER_ADDR"}
     for key, value in numbers.items():
         if not value.isdecimal():
-            raise UserError(f"{key}: '{value}' is no number; {REMEDY}")
+            raise LaunchError(f"{key}: '{value}' is no number; {REMEDY}")
     rank, world_size, local_rank, port = (int(value) for value in numbers.values())
     if rank >= world_size:
-        raise UserError(f"RANK: {rank} is not below WORLD_SIZE, {world_size}; {REMEDY}")
+        raise LaunchError(f"RANK: {rank} is not below WORLD_SIZE, {world_size}; {REMEDY}")
     if local_rank >= world_size:
-        raise UserError(f"LOCAL_RANK: {local_rank} is not below WORLD_SIZE, {world_size}; {REMEDY}")
+        raise LaunchError(f"LOCAL_RANK: {local_rank} is not below WORLD_SIZE, {world_size}; {REMEDY}")
     if int(local_world_size) > world_size:
-        raise UserError(f"LOCAL_WORLD_SIZE: {local_world_size} is more than WORLD_SIZE, {world_size}; {REMEDY}")
+        raise LaunchError(f"LOCAL_WORLD_SIZE: {local_world_size} is more than WORLD_SIZE, {world_size}; {REMEDY}")
     if port > 65535:
-        raise UserError(f"MASTER_PORT: {port} is no port, which ends at 65535; {REMEDY}")
+        raise LaunchError(f"MASTER_PORT: {port} is no port, which ends at 65535; {REMEDY}")
     return Ranks(world_size, int(local_world_size), rank)
 
 

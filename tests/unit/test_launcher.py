@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from progscale import launcher
-from progscale.errors import UserError
+from progscale.errors import LaunchError
 from progscale.launcher import Ranks, keeps_store, lacks_ranks, read_ranks, try_port
 from tests.harness.programs import REPOSITORY
 
@@ -62,7 +62,7 @@ def test_deepspeeds_launcher_tells_no_local_world_size() -> None:
 )
 def test_variables_that_do_not_fit(changes: dict[str, str | None], message: str) -> None:
     environment = {key: value for key, value in {**SECOND, **changes}.items() if value is not None}
-    with pytest.raises(UserError, match=re.escape(message)):
+    with pytest.raises(LaunchError, match=re.escape(message)):
         read_ranks(environment)
 
 

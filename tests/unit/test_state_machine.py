@@ -35,7 +35,7 @@ from progscale.errors import RejectedError
 from progscale.resume import FOLDER, derive_stage, find_checkpoint, stage_values
 from progscale.schedule import Stage
 from progscale.session import Session
-from progscale.setup import open_folder, stages_of, total_steps_of
+from progscale.setup import open_folder, restore_replaced, stages_of, total_steps_of
 from progscale.tasks.base import Tokenized
 from progscale.tasks.ragged import Ragged
 from progscale.trackers import RunFolder
@@ -151,6 +151,7 @@ class Process:
             group_by_length=config.train.group_by_length,
         )
         self.identity = {"schedule's stages": [stage_values(stage) for stage in self.stages], "steps": self.steps_per_epoch}
+        restore_replaced(path)
         found = None if resume == "never" else find_checkpoint(resume, path, self.identity)
         self.resumed_from = None if found is None else found.checkpoint.step
         self.step, self.stage = 0, self.stages[0]
@@ -260,8 +261,15 @@ class Machine(RuleBasedStateMachine):
         shutil.rmtree(self.output)
 
     @property
+    def places(self) -> dict[int, Path]:
+        """Checkpoints by their steps, with one that was being replaced when the process was killed."""
+        folder = self.output / "a" / FOLDER
+        found = [*Store(folder).replaced(), *folder.glob("step-*")]
+        return {int(path.name.rpartition("-")[2]): path for path in found}
+
+    @property
     def checkpoints(self) -> list[int]:
-        return sorted(int(path.name[5:]) for path in (self.output / "a" / FOLDER).glob("step-*"))
+        return sorted(self.places)
 
     @initialize(shape=shapes())
     def begin(self, shape: Shape) -> None:
@@ -338,12 +346,7 @@ class Machine(RuleBasedStateMachine):
             self.process.folder.close()  # the system does as much
         self.process = None
 
-    def may_be_killed_in_a_save(self) -> bool:
-        # Between the two renames of a save that replaces the only checkpoint there is none: `find_checkpoint` looks before
-        # `Store.restore` has brought it back.
-        return self.process is not None and self.reference.saved != [self.reference.step]
-
-    @precondition(may_be_killed_in_a_save)
+    @precondition(alive)
     @rule(operation=st.integers(0, 11))
     def kill_in_a_save(self, operation: int) -> None:
         assert self.process is not None
@@ -367,7 +370,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.dead() and self.reference.saved)
     @rule(name=st.sampled_from([MANIFEST, STATE]), size=st.none() | st.integers(0, 40))
     def damage_the_newest(self, name: str, size: int | None) -> None:
-        path = self.output / "a" / FOLDER / f"step-{self.reference.saved.pop():08d}" / name
+        path = self.places[self.reference.saved.pop()] / name
         path.unlink()
         if size is not None:
             path.write_bytes(b"{" * size)
