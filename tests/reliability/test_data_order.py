@@ -83,7 +83,9 @@ def same_rows(rows: Rows, folder: Path, engine: str, workers: int, step: int, **
     complete([before[:begin] + after for before, after in zip(first, second, strict=True)])
 
 
-@pytest.mark.parametrize(("workers", "step"), [(0, 6), (2, 5), (2, 7), (0, 9)])
+@pytest.mark.parametrize(
+    ("workers", "step"), [(2, 7), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(0, 6), (2, 5), (0, 9)])]
+)
 def test_the_rows_of_a_resumed_run(rows: Rows, tmp_path: Path, workers: int, step: int) -> None:
     same_rows(rows, tmp_path, "plain", workers, step, checkpoint__every_steps=2)
 
