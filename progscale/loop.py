@@ -167,7 +167,8 @@ def check_finite(s: Session, progress: Progress, result: StepResult, step: int, 
             )
         raise NonFiniteError(
             f"{what}{again}; the weights are those of the step before. Rows of the batch: {batch.rows.tolist()[:16]}… "
-            "Try a smaller optimizer.lr, another train.precision, or --set train.nonfinite=skip:3"
+            "Go on with --resume auto --set train.nonfinite=skip:3, or start anew with a smaller optimizer.lr or another "
+            "train.precision"
         )
     s.console.show(f"{what}; the step is skipped")
 

@@ -124,7 +124,7 @@ def identity_of(
     return {
         **decisive_values(config),
         # A folder may lie elsewhere on the next machine: its content counts.
-        "model.name": "a local folder" if name is not None and Path(name).exists() else name,
+        "model.name": "a local folder" if name is not None and Path(name).expanduser().exists() else name,
         MODEL: f"{len(shapes)} tensors, {hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]}",
         STAGES: [stage_values(stage) for stage in stages],
         EPOCH: steps_per_epoch,

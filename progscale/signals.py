@@ -1,4 +1,4 @@
-"""Being told to stop: SIGTERM, SIGUSR1 and Ctrl-C.
+"""Being told to stop: SIGTERM, SIGUSR1, SIGHUP (a terminal or connection that closes) and Ctrl-C.
 
 Before training there is nothing to save, and the signal ends the process at once. While training it only sets a flag, which
 the ranks tell each other with every step and every evaluation batch; they then save at the same step and leave together.
@@ -23,7 +23,7 @@ from typing import Any
 from progscale import launcher
 from progscale.errors import PreemptedError, ProgscaleError
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 PREEMPTED = "PREEMPTED"
 # A terminal sends Ctrl-C to every process of the launch, and the launcher passes it on: the second one is the same press.
 SAME_PRESS_SECONDS = 1.0
@@ -93,7 +93,9 @@ class Signals:
         self._wakeup_before, self._there = signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False), there
         threading.Thread(target=self._listen, args=(here,), name="signals", daemon=True).start()
         for number in SIGNALS:
-            self._before[number] = signal.signal(number, self._handle)
+            # nohup has a run go on when its terminal closes.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._handle)
         launcher.follow()
         if launcher.is_orphan():  # it died before the kernel was asked
             raise PreemptedError("the launcher is gone: nothing is lost; start it again")

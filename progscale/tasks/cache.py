@@ -133,14 +133,13 @@ def _load(path: Path) -> Arrays | None:
         return {name: archive[name] for name in archive.files}
 
 
-def batches_with_progress(total: int, size: int, what: str, poll: Callable[[], None] | None = None) -> Iterator[tuple[int, int]]:
+def batches_with_progress(total: int, size: int, what: str) -> Iterator[tuple[int, int]]:
     """(begin, end) of each batch, showing how far the work is: a bar on a terminal, now and then a line elsewhere.
 
     Args:
         total: rows.
         size: rows of a batch.
         what: is being done ("tokenising train").
-        poll: called before each batch; it may raise to stop the work.
     """
     bar = None
     if sys.stderr.isatty():
@@ -151,8 +150,6 @@ def batches_with_progress(total: int, size: int, what: str, poll: Callable[[], N
     last = time.monotonic()
     try:
         for begin in range(0, total, size):
-            if poll is not None:
-                poll()
             end = min(begin + size, total)
             yield begin, end
             if bar is not None:

@@ -57,9 +57,6 @@ class SentenceTask:
         name: as registered.
         config: the `task` section.
         seed: of subsets and splits.
-
-    Attributes:
-        poll: called between batches of tokenising; may raise to stop it (a signal has come).
     """
 
     head: HeadKind = "sequence_classification"
@@ -70,7 +67,6 @@ class SentenceTask:
         self.name = name
         self.config = config
         self.seed = seed
-        self.poll: Any = None
         self.primary_metric, self.higher_is_better, self._own_metric = choose_metric(
             self.config_value("metric"), self.metric_names
         )
@@ -134,7 +130,7 @@ class SentenceTask:
                 "tokenizer": fingerprint_tokenizer(tokenizer),
                 "max_length": max_length,
             }
-            arrays = cached(key, lambda e=examples, n=name: encode(tokenizer, e, max_length, n, self.poll))  # type: ignore[misc]
+            arrays = cached(key, lambda e=examples, n=name: encode(tokenizer, e, max_length, n))  # type: ignore[misc]
             offsets = arrays.pop("offsets")
             truncated = int(arrays.pop("truncated"))
             if truncated:
@@ -233,12 +229,12 @@ def check_encodable(examples: Examples) -> None:
                     raise DataError(message) from None
 
 
-def encode(tokenizer: Any, examples: Examples, max_length: int, name: str, poll: Any = None) -> Arrays:
+def encode(tokenizer: Any, examples: Examples, max_length: int, name: str) -> Arrays:
     """Tokens of all examples: one flat array for each model input, "offsets" of the rows and "truncated", a count."""
     inputs = [column for column in ("input_ids", "token_type_ids") if column in tokenizer.model_input_names]
     parts: dict[str, list[Ragged]] = {column: [] for column in inputs}
     truncated = 0
-    for begin, end in batches_with_progress(len(examples), TOKENIZE_ROWS, f"tokenising {name}", poll):
+    for begin, end in batches_with_progress(len(examples), TOKENIZE_ROWS, f"tokenising {name}"):
         pairs = None if examples.pairs is None else examples.pairs[begin:end]
         batch = tokenizer(examples.texts[begin:end], pairs, truncation=True, max_length=max_length, return_attention_mask=False)
         for column in inputs:

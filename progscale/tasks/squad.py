@@ -67,9 +67,6 @@ class SquadTask:
         seed: of subsets.
         name: "squad-v1" or "squad-v2".
 
-    Attributes:
-        poll: called between batches of tokenising; may raise to stop it (a signal has come).
-
     Raises:
         DataError: a file is not there.
     """
@@ -84,7 +81,6 @@ class SquadTask:
         self.version_2 = name == "squad-v2"
         self.config = config
         self.seed = seed
-        self.poll: Any = None
         own: tuple[str, ...] = ("f1", "exact_match")
         if self.version_2:
             own += ("best_f1", "best_exact", "HasAns_f1", "HasAns_exact_match", "NoAns_f1", "NoAns_exact_match")
@@ -194,7 +190,6 @@ class SquadTask:
                 stride,
                 targets=targets,
                 name=name,
-                poll=self.poll,
             )
             arrays = cached(cache_key, build)
             if cut := int(arrays["cut"]):

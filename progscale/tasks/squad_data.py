@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,7 +168,6 @@ def encode_windows(
     *,
     targets: bool,
     name: str,
-    poll: Callable[[], None] | None = None,
 ) -> Arrays:
     """The windows of all questions.
 
@@ -180,7 +178,6 @@ def encode_windows(
         doc_stride: tokens of the passage that a window shares with the one before.
         targets: make start and end positions (training); else the character spans that scoring needs.
         name: of the split, for the progress line.
-        poll: called between batches; may raise to stop.
 
     Returns:
         "input_ids" (and "token_type_ids") flat over windows with "offsets"; for each window "question" (its index),
@@ -203,7 +200,7 @@ def encode_windows(
     spans: list[np.ndarray] = []
     positions: list[tuple[int, int]] = []
     cut = 0
-    for begin, end in batches_with_progress(len(data), TOKENIZE_QUESTIONS, f"tokenising {name}", poll):
+    for begin, end in batches_with_progress(len(data), TOKENIZE_QUESTIONS, f"tokenising {name}"):
         questions, shortened = _shorten(tokenizer, data.questions[begin:end], room)
         cut += shortened
         batch = tokenizer(

@@ -37,7 +37,7 @@ POINTS = {
     "midstep": 0,  # in step N, after its first forward pass
     "collective": 1,  # before the N-th collective of torch.distributed
     "evaluation": 1,  # before the N-th evaluation batch
-    "tokenize": 1,  # at the N-th poll while tokenising
+    "tokenize": 1,  # before the N-th batch of rows is tokenised
     "save": 1,  # before the N-th shard file is written
     "loader": 1,  # before the N-th global batch is made
     "switch": 1,  # before the N-th Engine.begin_stage
@@ -257,19 +257,14 @@ def at_evaluation_batch(original: Function) -> Function:
     return evaluation_batches
 
 
-def at_poll(original: Function) -> Function:
-    """batches_with_progress: before the product's own poll, which is what should notice a signal."""
+def at_tokenizing(original: Function) -> Function:
+    """batches_with_progress: before each batch of rows."""
 
     @functools.wraps(original)
-    def batches_with_progress(
-        total: int, size: int, what: str, poll: Callable[[], None] | None = None
-    ) -> Iterator[tuple[int, int]]:
-        def poll_both() -> None:
+    def batches_with_progress(*args: Any, **kwargs: Any) -> Iterator[tuple[int, int]]:
+        for batch in original(*args, **kwargs):
             STATE.reach("tokenize")
-            if poll is not None:
-                poll()
-
-        yield from original(total, size, what, poll_both)
+            yield batch
 
     return batches_with_progress
 
@@ -294,7 +289,7 @@ PATCHES: dict[str, list[tuple[str, Callable[[Function], Function]]]] = {
     "progscale.loop": [("seed_step", at_step)],
     "progscale.engine.base": [("Engine.train_step", in_step), ("Engine.begin_stage", counted("switch"))],
     "progscale.session": [("Session.evaluation_batches", at_evaluation_batch)],
-    "progscale.tasks.cache": [("batches_with_progress", at_poll)],
+    "progscale.tasks.cache": [("batches_with_progress", at_tokenizing)],
     "progscale.data": [("TrainLoader.build", counted("loader"))],
     "progscale.checkpoint.shards": [("write_shard", at_shard)],
 }

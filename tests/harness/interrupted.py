@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.harness.evidence import evidence, leftovers
+from tests.harness.evidence import checkpoints, evidence, leftovers, step_of
 from tests.harness.forks import Ended, Forks
-from tests.harness.programs import config_file, settings
+from tests.harness.programs import config_file, records, settings
 
 STEPS = 12
 # Optimizer steps at which a stage ends and the next begins.
@@ -88,12 +89,26 @@ class Runs:
 
     def finish(self, folder: Path, engine: str = "plain", **options: Any) -> None:
         """Resumes an interrupted run and sees that it computed what the uninterrupted one did, to the bit."""
-        ended = self.train(folder, engine, **options)
+        with goes_on(folder):
+            ended = self.train(folder, engine, **options)
         assert [rank.code for rank in ended] == [0] * len(ended), ended[0].err
         changes = {key: value for key, value in options.items() if "__" in key}
         same(evidence(folder / "a"), self.whole(engine, **changes))
         left = leftovers(folder / "a")
         assert not left, f"left behind: {left}"
+
+
+@contextmanager
+def goes_on(folder: Path) -> Iterator[None]:
+    """What runs within goes on from the newest checkpoint of folder/a: begun anew, it would compute the same."""
+    run = folder / "a"
+    saved = [step_of(path) for path in checkpoints(run)]
+    has_ended = (run / "summary.json").exists()
+    yield
+    if saved and not has_ended:
+        assert not (folder / "a.1").exists(), "it began anew"
+        # One that was being replaced when the run was killed comes back, and is newer still.
+        assert records(run, "resume")[-1]["step"] >= max(saved)
 
 
 def same(found: dict[str, Any], wanted: dict[str, Any]) -> None:

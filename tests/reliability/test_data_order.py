@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness.interrupted import Runs, ranks_of
+from tests.harness.interrupted import Runs, goes_on, ranks_of
 from tests.harness.programs import records
 
 ROWS, EPOCHS, STEPS_PER_EPOCH = 190, 3, 6
@@ -71,7 +71,8 @@ def same_rows(rows: Rows, folder: Path, engine: str, workers: int, step: int, **
     complete(whole)
     fault = f"kill@step={step}"
     first = rows.train(folder, engine, workers, code=-9, fault=fault, **saving)
-    second = rows.train(folder, engine, workers, code=0, **saving)
+    with goes_on(folder):
+        second = rows.train(folder, engine, workers, code=0, **saving)
     resumed = records(folder / "a", "resume")
     begin = resumed[0]["step"] if resumed else 0
     assert begin <= step

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.harness.evidence import evidence, leftovers
-from tests.harness.interrupted import BOUNDARIES, STEPS, Runs, same, twelve
+from tests.harness.interrupted import BOUNDARIES, STEPS, Runs, goes_on, same, twelve
 from tests.harness.launches import Launch
 from tests.harness.programs import records
 
@@ -74,10 +74,11 @@ class Case:
 def kill_and_finish(runs: Runs, folder: Path, case: Case, engine: str = "plain") -> None:
     """Runs the case's processes one after the other; the last one ends, and has computed what nobody interrupted."""
     settings = {**KINDS[case.kind], **case.saving}
-    for fault in case.faults:
-        ended = runs.train(folder, engine, fault=fault, **settings)
+    for number, fault in enumerate(case.faults):
+        with goes_on(folder):
+            ended = runs.train(folder, engine, fault=fault, **settings)
         codes = {rank.code for rank in ended}
-        if codes == {0}:
+        if number and codes == {0}:
             return same(evidence(folder / "a"), runs.whole(engine, **settings))  # it was over before it could be killed
         # Of several ranks the slower ones may see that a peer is gone before they are killed themselves; where the loader has
         # processes of its own, one of them is killed, and the rank ends by an error.
@@ -191,7 +192,8 @@ def test_killed_at_the_very_end(runs: Runs, tmp_path: Path, function: str, line:
 
 def relaunch_and_compare(runs: Runs, folder: Path, cache: Path, engine: str) -> None:
     """The run goes on under the launcher, to the bits of one that was never killed."""
-    with Launch(folder, [*twelve(folder, engine), "--resume", "auto"], ranks=2, cache=cache) as launch:
+    resumed = [*twelve(folder, engine), "--resume", "auto"]
+    with goes_on(folder), Launch(folder, resumed, ranks=2, cache=cache) as launch:
         finished = launch.finish()
     assert finished.code == 0, finished.err
     same(evidence(folder / "a"), runs.whole(engine))

@@ -144,10 +144,12 @@ def test_more_steps_than_may_be_skipped(runs: Runs, tmp_path: Path, engine: str)
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
 def test_a_weight_that_stays_bad_is_not_skipped_for_ever(runs: Runs, tmp_path: Path, engine: str) -> None:
-    """Nor is it saved in between. (The masters of ZeRO-2 lie elsewhere, and stay good.)"""
+    """Nor is it skipped once, and saved in between."""
     case = Case("weight", "nan", engine, last=STEP + 2)
     ended = case.run(runs, tmp_path, policy="skip:2")
     assert [rank.code for rank in ended] == [3, 3], ended[0].err
+    assert f"step {STEP}: the loss is not finite on rank" in ended[0].err
+    assert "and neither are weights or the optimizer's state" in ended[0].err
     everything_is_finite(tmp_path / "a")
 
 

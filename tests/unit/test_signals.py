@@ -20,7 +20,7 @@ from progscale.signals import Signals, mark_preempted
 
 # The thread that should have ended the process ends instead.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-NUMBERS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+NUMBERS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP]
 
 
 class Left(BaseException):
@@ -177,7 +177,7 @@ def test_uninstalled_nothing_is_left() -> None:
     try:
         signals = Signals()
         signals.install()
-        assert [signal.getsignal(number) for number in NUMBERS] == [signals._handle] * 3
+        assert [signal.getsignal(number) for number in NUMBERS] == [signals._handle] * 4
         (thread,) = [thread for thread in listeners() if thread not in others]
         signals.uninstall()
         signals.uninstall()
@@ -188,6 +188,20 @@ def test_uninstalled_nothing_is_left() -> None:
         signal.set_wakeup_fd(before)
         os.close(read)
         os.close(write)
+
+
+def test_nohup_stays() -> None:
+    """A run that was to outlive its terminal does."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        signals = Signals()
+        signals.install()
+        send(signal.SIGHUP)
+        assert signals.received is None
+        signals.uninstall()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_only_the_main_thread_has_signals() -> None:

@@ -449,12 +449,16 @@ def test_a_path_that_no_system_takes(length: int) -> None:
 
 @pytest.mark.parametrize("name", [".tmp-00000003-0123", ".old-step-00000003"])
 def test_a_leftover_by_its_path(run: Path, name: str) -> None:
-    """Somebody looks for what can be saved, and names it: it is refused, or taken, and in no case deleted."""
+    """Somebody looks for what can be saved, and names it: it is refused, and not deleted."""
     leftover = newest(run).with_name(name)
     shutil.copytree(newest(run), leftover)
     answer = in_process(*command(run, "--resume", str(leftover)))
-    assert answer.code in (0, 2)
-    assert answer.code == 0 or leftover.exists()
+    assert answer.code == 2
+    assert "left over or put aside in this run's own folder" in answer.err
+    assert leftover.exists()
+    copy = run.parent / "copy"
+    shutil.move(leftover, copy)
+    assert in_process(*command(run, "--resume", str(copy))).code == 0
 
 
 # -- what is written ----------------------------------------------------------------------------------------------------

@@ -41,7 +41,8 @@ from tests.harness.small import (
 )
 
 EXAMPLES = [pytest.param(200, id="200"), pytest.param(10_000, id="10000", marks=pytest.mark.slow)]
-FUZZ = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+# The ordinary list is the same each time, the long one another, whose failures are shown as code to run again.
+FUZZ = settings(deadline=None, derandomize=True, print_blob=True, suppress_health_check=list(HealthCheck))
 
 Files = dict[str, bytes]
 
