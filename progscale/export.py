@@ -67,7 +67,7 @@ def exported_origin(path: Path) -> dict[str, Any] | None:
         return {"step": int(content["step"]), "metrics": decode_scores(content["metrics"])}
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         log.warning("%s is damaged (%s): the next evaluation counts as the best", path / ORIGIN, error)
         return None
 

@@ -59,7 +59,7 @@ def train(session: Session) -> dict[str, Any]:
         )
         progress.stages.append(record)
         s.log("stage", **record.to_json())
-    s.publish(wait=True)
+    s.finish_saving()
     s.console.end()
     s.sign("exporting")
     if config.train.save_model == "last":

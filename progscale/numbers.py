@@ -20,4 +20,4 @@ def encode_numbers(value: Any) -> Any:
 
 def decode_scores(scores: Mapping[str, Any]) -> dict[str, float]:
     """Metrics, as `encode_numbers` wrote them."""
-    return {name: float(value) if isinstance(value, str) else value for name, value in scores.items()}
+    return {name: float(value) for name, value in scores.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from progscale.config import Config
-from progscale.errors import AuditError, NonFiniteError, PreemptedError, ProgscaleError
+from progscale.errors import AuditError, NonFiniteError, PreemptedError, ProgscaleError, WriteError
 from progscale.loop import train
 from progscale.session import Session
 from progscale.setup import NO_PERMISSIONS, Permissions, prepare
@@ -37,7 +37,10 @@ def run_session(session: Session) -> None:
     """Trains and closes the session, whatever happens."""
     engine, signals = session.engine, session.signals
     session.watch = Watch(
-        engine.rank, engine.world_size, session.config.engine.timeout_seconds, stopping=lambda: signals.received is not None
+        engine.rank,
+        engine.world_size,
+        session.config.engine.timeout_seconds,
+        stopping=lambda: session.stopping or signals.received is not None,
     )
     session.watch.start()
     try:
@@ -51,8 +54,9 @@ def run_session(session: Session) -> None:
         raise
     except BaseException as error:
         session.console.end()  # a live progress bar holds stderr
-        if isinstance(error, NonFiniteError | AuditError):
-            session.publish(wait=True)  # of a step before: all ranks are here, and it is whole
+        if isinstance(error, NonFiniteError | AuditError | WriteError):
+            # All ranks are here, and what is on its way is of a step before, and whole.
+            session.finish_saving(ends_anyway=True)
         # Every rank meets an error of ours; any other may have met this rank alone, and the others wait in a collective.
         if isinstance(error, ProgscaleError) or engine.world_size == 1:
             session.close()

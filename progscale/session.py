@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import platform
 import time
@@ -15,7 +16,7 @@ import torch
 
 from progscale import __version__
 from progscale.blocks import Partition
-from progscale.checkpoint.reader import load_optimizer, load_weights
+from progscale.checkpoint.reader import check_fits, load_optimizer, load_weights
 from progscale.checkpoint.saver import Saved, Saver
 from progscale.config import Config, dump_config
 from progscale.data import GlobalBatch, MicroBatch, TrainLoader, eval_batches
@@ -161,6 +162,7 @@ class Session:
             switch = self.engine.begin_stage(build)
         else:
             checkpoint = self.resumed.checkpoint
+            check_fits(checkpoint, self.engine)
             load_weights(checkpoint, self.engine)
             switch = self.engine.begin_stage(build)
             load_optimizer(checkpoint, self.engine)
@@ -195,7 +197,8 @@ class Session:
             CheckpointError: it cannot be written, and `checkpoint.on_error` is "stop".
         """
         begin, self.steps_done = time.perf_counter(), step
-        self.publish(wait=True)
+        # When the run is to stop, the one before may fail: this one is tried all the same.
+        self._report(self._finish, must=not self.stopping and self._must_save)
         self.sign(f"saving step {step}")
         state = {
             **content,
@@ -214,26 +217,49 @@ class Session:
             "metrics_bytes": self.folder.sync() if self.folder is not None else 0,
             "parameters": self.engine.sizes(),
         }
-        self._report(lambda: self.saver.save(step, encode_numbers(state), wait=self.stopping))
+        # A run that is stopping would be lost: its failure must be seen.
+        save = functools.partial(self.saver.save, step, encode_numbers(state), wait=self.stopping)
+        self._report(save, must=self.stopping or self._must_save)
         return time.perf_counter() - begin
 
-    def publish(self, *, wait: bool = False) -> None:
-        """Publishes a background save when all ranks have written it; with `wait`, waits for that. A collective."""
-        if self.publish_due or (wait and self.saver.busy):
-            self._written_everywhere = False
-            self._report(self.saver.finish)
+    def publish(self) -> None:
+        """Publishes a background save that all ranks have written. A collective.
+
+        Raises:
+            CheckpointError: it cannot be written, and `checkpoint.on_error` is "stop".
+        """
+        if self.publish_due:
+            self._report(self._finish, must=self._must_save)
+
+    def finish_saving(self, *, ends_anyway: bool = False) -> None:
+        """Waits for a background save that is on its way, and publishes it. A collective.
+
+        Args:
+            ends_anyway: the run ends by an error of its own, beside which a failure is only shown.
+
+        Raises:
+            CheckpointError: as for `publish`.
+        """
+        self._report(self._finish, must=self._must_save and not ends_anyway)
+
+    def _finish(self) -> Saved | None:
+        self._written_everywhere = False
+        return self.saver.finish()
+
+    @property
+    def _must_save(self) -> bool:
+        return self.config.checkpoint.on_error == "stop"
 
     @property
     def publish_due(self) -> bool:
         """Whether all ranks have written a background save that is not published yet."""
         return self.saver.busy and self._written_everywhere
 
-    def _report(self, action: Callable[[], Saved | None]) -> None:
+    def _report(self, action: Callable[[], Saved | None], *, must: bool) -> None:
         try:
             saved = action()
         except CheckpointError as error:
-            # A run that is stopping would be lost: its failure must be seen.
-            if self.stopping or self.config.checkpoint.on_error == "stop":
+            if must:
                 raise
             self.console.show(f"warning: {error}")
             self.log("checkpoint_failed", message=str(error))
@@ -276,7 +302,7 @@ class Session:
         if self.config.train.save_model != "best":
             return best, step
         origin = self.engine.on_main(lambda: exported_origin(self.model_path))
-        if origin is None:
+        if origin is None or self.task.primary_metric not in origin["metrics"]:
             return {}, 0
         return (best, step) if origin["step"] == step else (origin["metrics"], origin["step"])
 

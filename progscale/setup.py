@@ -6,7 +6,8 @@ import gc
 import itertools
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from progscale.engine.base import Engine, EngineSettings
 from progscale.engine.deepspeed import check_release
 from progscale.engine.launch import check_precision, create_engine, make_accelerator, set_up_cpu
 from progscale.engine.loading import load_module
-from progscale.errors import ConfigError, Fault, FinishedError, ModelError
+from progscale.errors import ConfigError, Fault, FinishedError, ModelError, printable
 from progscale.learning_rate import LearningRate
 from progscale.meters import MemoryMeter
 from progscale.methods import METHODS, Method
@@ -36,10 +37,10 @@ from progscale.resume import FOLDER as CHECKPOINTS
 from progscale.resume import POLICIES, Resumed, derive_stage, find_checkpoint, identity_of
 from progscale.schedule import Stage, build_stages
 from progscale.session import Session
-from progscale.signals import Signals
+from progscale.signals import PREEMPTED, Signals
 from progscale.tasks.base import TASKS, Task, Tokenized
 from progscale.tasks.demo import DEMO_MODEL, demo_tokenizer
-from progscale.trackers import RunConsole, RunFolder, lock
+from progscale.trackers import RunConsole, RunFolder, lock, unlock
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def prepare(
     if not dry_run:
         check_weights(found.request, found.family)
     task, family = found.task, found.family
-    accelerator = join_ranks(config)
+    accelerator = join_ranks(config, {"--resume": resume, "--dry-run": dry_run, **asdict(permissions)})
     console = RunConsole(accelerator.is_main_process)
     splits, padding = task.tokenize(found.tokenizer, config.train.max_length), pad_values(found.tokenizer)
     loader = make_loader(config, splits["train"], padding, accelerator)
@@ -188,8 +189,12 @@ def find_inputs(config: Config, permissions: Permissions) -> Inputs:
     return Inputs(task, request, family, skeleton, tokenizer)
 
 
-def join_ranks(config: Config) -> Any:
+def join_ranks(config: Config, options: Mapping[str, Any]) -> Any:
     """The Accelerator of this run, once all ranks are there and want the same.
+
+    Args:
+        config: of this rank.
+        options: of its command line, beside the config.
 
     Raises:
         UserError: ranks, device or precision do not fit the config, or the ranks' configs differ.
@@ -198,7 +203,7 @@ def join_ranks(config: Config) -> Any:
     # The watch says which rank hangs; a collective that gives up first knows only that one does.
     accelerator = make_accelerator(deepspeed=deepspeed, timeout_seconds=config.engine.timeout_seconds + WATCH_FIRST_SECONDS)
     check_precision(config.train.precision, torch.device(accelerator.device), deepspeed is not None)
-    check_same_on_all_ranks(config)
+    check_same_on_all_ranks(config, options)
     check_engine(config, int(accelerator.num_processes))
     if deepspeed is not None:
         zero_stage, on_cpu = int(deepspeed["zero_optimization"]["stage"]), torch.device(accelerator.device).type == "cpu"
@@ -330,14 +335,14 @@ def check_engine(config: Config, world_size: int) -> None:
         raise ConfigError(Fault("engine.name", f"'plain' is one process, but {world_size} were started; take 'ddp' or 'auto'"))
 
 
-def check_same_on_all_ranks(config: Config) -> None:
-    """Refuses a run whose processes were started with different configs or versions of progscale.
+def check_same_on_all_ranks(config: Config, options: Mapping[str, Any] | None = None) -> None:
+    """Refuses a run whose processes were started with different configs, options or versions of progscale.
 
     Raises:
         ConfigError: naming the ranks that differ from rank 0.
     """
-    hashes = ranks.gather_objects((json.dumps(dump_config(config), sort_keys=True), code_hash()))
-    for index, what in enumerate(("config", "code of progscale")):
+    hashes = ranks.gather_objects((json.dumps(dump_config(config), sort_keys=True), json.dumps(options), code_hash()))
+    for index, what in enumerate(("config", "command line (--resume and what it allows)", "code of progscale")):
         differ = [rank for rank, entry in enumerate(hashes) if entry[index] != hashes[0][index]]
         if differ:
             raise ConfigError(f"the {what} on rank {', '.join(map(str, differ))} is not that of rank 0; start all alike")
@@ -390,9 +395,10 @@ def restore_replaced(path: Path) -> None:
     store = Store(path / CHECKPOINTS)
     if store.replaced():
         held = lock(path)
-        store.restore()
-        if held is not None:
-            held.release()
+        try:
+            store.restore()
+        finally:
+            unlock(held)
 
 
 def check_outside(path: Path, checkpoint: Path) -> None:
@@ -420,6 +426,7 @@ def check_unfinished(config: Config, path: Path) -> None:
     ours = dump_config(config)
     sections = {name: part for name, part in theirs.items() if isinstance(part, dict)} if isinstance(theirs, dict) else {}
     if all(sections.get(section, {}).get(key) == ours[section][key] for section, key in decisive_keys(config)):
+        (path / PREEMPTED).unlink(missing_ok=True)  # of a signal while it was started: there is nothing to start again
         raise FinishedError(f"the run in {path} has ended: see summary.json there (--resume never makes it anew)")
 
 
@@ -433,7 +440,7 @@ def resume_line(resumed: Resumed | None, path: Path, total_steps: int) -> str:
     if resumed is None:
         return f"no checkpoint to go on from in {path}: starting fresh"
     state = resumed.checkpoint.state
-    by = f"{state['engine']} on {state['world_size']} {'process' if state['world_size'] == 1 else 'processes'}"
+    by = f"{printable(state['engine'])} on {state['world_size']} {'process' if state['world_size'] == 1 else 'processes'}"
     return f"resuming from {resumed.checkpoint.path}: step {resumed.checkpoint.step} of {total_steps}, saved by {by}"
 
 

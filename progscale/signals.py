@@ -168,6 +168,8 @@ class Signals:
                 time.sleep(LEAVE_SECONDS)
                 # A caller that has dealt with the exception goes on (a notebook).
                 if not self.training and self._there is not None:
+                    self.received = self.received or signal.Signals(number).name
+                    print(f"progscale: {self.ending()}", file=sys.stderr, flush=True)
                     self.leave(self.ending())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import math
@@ -12,7 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import BaseFileLock, FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -21,7 +21,7 @@ from progscale.data import MicroBatch
 from progscale.errors import ConfigError, Fault
 from progscale.signals import PREEMPTED
 
-LOCK = ".lock"
+LOCK, PARTIAL = ".lock", ".partial"
 
 log = logging.getLogger("progscale")
 
@@ -54,7 +54,7 @@ class RunFolder:
     ) -> None:
         self.path = path
         self.moved: Path | None = None
-        self._lock: BaseFileLock | None = None
+        self._lock: int | None = None
         self._unwritten = bytearray()
         self._told = False
         try:
@@ -62,6 +62,7 @@ class RunFolder:
                 self._claim(config_hash, named)
             path.mkdir(parents=True, exist_ok=True)
             self._lock = lock(path)
+            check_no_links(path)
             if resume_bytes is not None:
                 self._rewind(resume_bytes)
             (path / PREEMPTED).unlink(missing_ok=True)
@@ -69,18 +70,22 @@ class RunFolder:
             # Unbuffered: what could not be written must be known, and not be tried again at some later time.
             self._metrics = (path / "metrics.jsonl").open("ab", buffering=0)
         except OSError as error:
+            unlock(self._lock)
             raise ConfigError(
                 Fault(
                     "run.output_dir", f"'{path}' cannot be written ({error.strerror}); choose another with --set run.output_dir=…"
                 )
             ) from error
+        except ConfigError:
+            unlock(self._lock)
+            raise
 
     def _claim(self, config_hash: str, named: bool) -> None:
         """Moves an earlier run aside; nothing is ever overwritten."""
         there = self.path / "config.json"
         if not there.exists():
             # A run that was told to stop before it began leaves its marker alone.
-            if self.path.exists() and any(entry.name not in (PREEMPTED, LOCK) for entry in self.path.iterdir()):
+            if self.path.exists() and not all(is_of_a_beginning(entry.name) for entry in self.path.iterdir()):
                 raise ConfigError(
                     Fault("run.name", f"'{self.path}' exists and is no run folder; choose another with --set run.name=…")
                 )
@@ -98,8 +103,7 @@ class RunFolder:
             number += 1
         os.rename(self.path, aside)
         self.moved = aside
-        if held is not None:
-            held.release()
+        unlock(held)
 
     def _rewind(self, size: int) -> None:
         """Cuts metrics.jsonl back to where it was at the checkpoint; what is cut off stays in a file beside it."""
@@ -119,9 +123,13 @@ class RunFolder:
     def write(self, name: str, content: Any) -> None:
         """Writes a JSON file whole or not at all."""
         target = self.path / name
-        partial = target.with_name(target.name + ".partial")
-        partial.write_text(json.dumps(without_nan(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(partial, target)
+        partial = target.with_name(target.name + PARTIAL)
+        try:
+            partial.write_text(json.dumps(without_nan(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            os.replace(partial, target)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
 
     def record(self, kind: str, **values: Any) -> None:
         """Adds a line to metrics.jsonl; one that cannot be written now is kept, and written with a later one."""
@@ -151,29 +159,74 @@ class RunFolder:
             log.warning("%d bytes of records are lost: they could not be written to %s", len(self._unwritten), self._metrics.name)
             self._unwritten.clear()
         self._metrics.close()
-        if self._lock is not None:
-            self._lock.release()
+        unlock(self._lock)
+        self._lock = None
 
 
-def lock(folder: Path) -> BaseFileLock | None:
-    """Keeps other processes out of a run folder for as long as this one lives.
+def is_of_a_beginning(name: str) -> bool:
+    """Whether a file is left by a run that ended before its folder was one: told to stop, killed, or the disk was full."""
+    return name in (PREEMPTED, LOCK, "config.json" + PARTIAL) or name.startswith(f".{PREEMPTED}.")
+
+
+def check_no_links(folder: Path) -> None:
+    """Refuses a run folder whose own files are links: what is written to them would be written elsewhere.
+
+    Raises:
+        ConfigError: naming the first.
+    """
+    for entry in sorted(folder.iterdir()):
+        # Checkpoints and models may lie on another disk; they are folders, and nothing is written over what is in them.
+        if entry.is_symlink() and entry.name not in ("checkpoints", "model"):
+            raise ConfigError(Fault("run.output_dir", f"'{entry}' is a link, and a run would write through it; remove it"))
+
+
+def lock(folder: Path) -> int | None:
+    """Keeps other processes out of a run folder until `unlock`, or until this process ends, how ever it does.
+
+    Only a lock of the system will do: one that is a file (as filelock makes where there is no other) outlives a killed process,
+    and no other node may break it.
 
     Returns:
-        The lock; None where the file system has none.
+        For `unlock`; None where the file system has no such locks.
 
     Raises:
         ConfigError: another process holds it.
     """
-    found = FileLock(folder / LOCK)
     try:
-        found.acquire(blocking=False)
-    except Timeout as error:
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if not isinstance(error, BlockingIOError):
+            return None
         raise ConfigError(
             Fault("run.name", f"another process is at work in '{folder}'; wait for it, or choose another with --set run.name=…")
         ) from error
-    except (OSError, NotImplementedError):
-        return None
-    return found
+    _HELD.add(descriptor)
+    return descriptor
+
+
+def unlock(descriptor: int | None) -> None:
+    """Lets others have what `lock` gave."""
+    if descriptor is not None:
+        _HELD.discard(descriptor)
+        os.close(descriptor)
+
+
+# Of this process's locks.
+_HELD: set[int] = set()
+
+
+def _forget_locks() -> None:
+    """In a forked child: a loader's process may outlive a killed run by seconds, and must not keep its successor out."""
+    while _HELD:
+        os.close(_HELD.pop())
+
+
+os.register_at_fork(after_in_child=_forget_locks)
 
 
 def without_nan(value: Any) -> Any:

@@ -10,8 +10,9 @@ from typing import Any
 from rich.table import Table
 
 from progscale.checkpoint import reader
+from progscale.checkpoint.state import check_state
 from progscale.checkpoint.store import Store
-from progscale.errors import RejectedError
+from progscale.errors import RejectedError, printable
 from progscale.resume import locate
 
 
@@ -61,6 +62,7 @@ def look_through(path: Path) -> Finding:
     try:
         checkpoint = reader.open_checkpoint(path)
         reader.verify(checkpoint)
+        check_state(path, checkpoint.state)
     except RejectedError as error:
         return Finding(str(path), error.reason)
     state = checkpoint.state
@@ -89,5 +91,5 @@ def findings_table(findings: Sequence[Finding]) -> Table:
             continue
         assert found.bytes is not None and found.parameters is not None
         cells = (found.step, found.stage, f"{found.bytes / 1e6:.1f}", found.files, f"{found.parameters / 1e6:.2f}")
-        table.add_row(found.path, "valid", *map(str, cells), f"{found.engine} × {found.world_size}")
+        table.add_row(found.path, "valid", *map(str, cells), f"{printable(str(found.engine))} × {found.world_size}")
     return table

@@ -2,7 +2,8 @@
 
 Collectives alone would wait: NCCL until its time-out, and a rank that sleeps outside of one for ever. Ranks tell each other
 through the launcher's key-value store that they live (ring-wise, so that the traffic grows with the ranks and not with
-their square), and how often they showed a sign of progress.
+their square), and how often they showed a sign of progress. The store may itself stand still (its process is stopped, its node
+is off), and then answers no call and heeds no time-out: a second thread talks to it, and nobody waits for that one.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import faulthandler
+import functools
 import json
 import os
 import signal
@@ -19,9 +21,11 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 BEAT_SECONDS = 2.0
 # A rank on another node whose thread shows nothing for so long is taken for dead; on this node its process is looked at.
@@ -52,15 +56,19 @@ class Watch:
         self._signs = 0
         self._where = "starting"
         self._signed = time.monotonic()
+        self._reached = time.monotonic()
         self._done = threading.Event()
         self._store = _connect(timeout_seconds) if world_size > 1 else None
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._talk = threading.Thread(target=self._talk_to_the_others, name="watch's store", daemon=True)
 
     def start(self) -> None:
         """Begins to watch."""
         self.sign("starting")
+        self._reached = time.monotonic()
         if self._store is not None:
-            self._store.set(f"who/{self.rank}", json.dumps([socket.gethostname(), os.getpid()]))
+            self._store.set(f"who/{self.rank}", json.dumps([machine(), os.getpid()]))
+            self._talk.start()
         self._thread.start()
 
     def sign(self, where: str | None = None) -> None:
@@ -81,66 +89,86 @@ class Watch:
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
         if self._store is not None:
-            try:
-                self._store.set(f"left/{self.rank}", "1")
-            except RuntimeError:
-                self._store = None  # the launcher went first; nobody is left to tell
+            # The launcher may have gone first; then nobody is left to tell.
+            self._ask(lambda store: store.set(f"left/{self.rank}", "1"), None)
 
     def failed(self, what: str) -> None:
         """Tells the other ranks why this one ends, and ends those on this node that are stopped and would never hear of it."""
         self._done.set()
-        try:
+
+        def tell(store: Any) -> None:
             self._tell(what)
             self._kill_stopped()
-        except RuntimeError:
-            self._store = None
+
+        self._ask(tell, None)
 
     def _tell(self, what: str) -> bool:
         """Tells the other ranks why the run ends; returns whether this rank is the first to say so."""
-        if self._store is None:
-            return False
+        assert self._store is not None
         told = f"rank {self.rank}: {what}"
         return self._store.compare_set("failed", "", told).decode() == told
 
     def gone(self, patience_seconds: float = 2.0) -> list[int]:
         """Ranks of this node whose process ended without a word; after an error in a collective the likely cause."""
-        if self._store is None:
-            return []
         until = time.monotonic() + patience_seconds
-        while True:
-            try:
+
+        def look(store: Any) -> list[int]:
+            while True:
                 found = [rank for rank in range(self.world_size) if rank != self.rank and self._is_gone(rank, silent=2)]
-            except RuntimeError:
-                return []
-            if found or time.monotonic() > until:
-                return found
-            time.sleep(0.1)
+                if found or time.monotonic() > until:
+                    return found
+                time.sleep(0.1)
+
+        return self._ask(look, [])
 
     def _run(self) -> None:
-        reached = time.monotonic()
-        beats, silent = -1, 0
-        while not self._done.wait(min(BEAT_SECONDS, self.timeout_seconds / 4)):
+        """What no store can keep from being seen."""
+        while not self._done.wait(self._beat_seconds):
             if time.monotonic() - self._signed > self.timeout_seconds:
-                self._end(self._hang(), dump=True, tell=True)
-            if self._store is None:
-                continue
+                what = self._hang_here()
+                if self._store is not None:
+                    what = self._ask(lambda store: self._hang(), f"{what}; the launcher's store cannot be reached")
+                self._end(what, dump=True, tell=True)
+            # A run that is saving before it leaves needs no store.
+            if self._store is not None and time.monotonic() - self._reached > STORE_SECONDS and not self._stopping():
+                self._end("the launcher's store cannot be reached: the launcher or its node is gone, or stands still")
+
+    def _talk_to_the_others(self) -> None:
+        beats, silent, store = -1, 0, self._store
+        assert store is not None
+        while not self._done.wait(self._beat_seconds):
             try:
-                if self._store.check(["failed"]):
-                    what = self._store.get("failed").decode()
+                if store.check(["failed"]):
+                    what = store.get("failed").decode()
                     self._end(what, dump=HANGS in what)
-                self._store.add(f"beat/{self.rank}", 1)
-                self._store.set(f"signs/{self.rank}", json.dumps([self._signs, self._where]))
-                reached = time.monotonic()
-                seen = self._store.add(f"beat/{self._next}", 0)
+                store.add(f"beat/{self.rank}", 1)
+                store.set(f"signs/{self.rank}", json.dumps([self._signs, self._where]))
+                self._reached = time.monotonic()
+                seen = store.add(f"beat/{self._next}", 0)
                 silent = silent + 1 if seen == beats else 0
                 beats = seen
                 if self._is_gone(self._next, silent):
                     self._end(f"rank {self._next} is gone", tell=True)
-            except RuntimeError:  # torch's DistError
-                if time.monotonic() - reached > STORE_SECONDS:
-                    if self._stopping():
-                        return
-                    self._end("the launcher's store cannot be reached: the launcher or its node is gone")
+            except RuntimeError:
+                continue  # torch's DistError; the other thread sees how long it has been
+
+    @property
+    def _beat_seconds(self) -> float:
+        return min(BEAT_SECONDS, self.timeout_seconds / 4)
+
+    def _ask(self, question: Callable[[Any], T], otherwise: T) -> T:
+        """The answer to something that needs the store, or `otherwise` where that is gone or does not answer in time."""
+        answers: list[T] = []
+
+        def ask() -> None:
+            if self._store is not None:
+                with contextlib.suppress(RuntimeError):
+                    answers.append(question(self._store))
+
+        thread = threading.Thread(target=ask, name="watch's question", daemon=True)
+        thread.start()
+        thread.join(STORE_SECONDS + HEED_SECONDS)
+        return answers[0] if answers else otherwise
 
     @property
     def _next(self) -> int:
@@ -152,27 +180,26 @@ class Watch:
         if not self._store.check([f"who/{rank}"]) or self._store.check([f"left/{rank}"]):
             return False
         host, process = json.loads(self._store.get(f"who/{rank}"))
-        if host == socket.gethostname():
+        if host == machine():
             # It may be about to say that it left.
             return process_state(process) in ("", "Z") and silent > 1 and not self._store.check([f"left/{rank}"])
         return silent > SILENT_BEATS
 
+    def _hang_here(self) -> str:
+        return f"{HANGS} {self.timeout_seconds:.0f} s (engine.timeout_seconds) while {self._where}"
+
     def _hang(self) -> str:
         """Who has shown the fewest signs of progress, and where it stands."""
-        what = f"{HANGS} {self.timeout_seconds:.0f} s (engine.timeout_seconds)"
-        if self._store is None:
-            return f"{what} while {self._where}"
+        what = self._hang_here().partition(" while ")[0]
+        assert self._store is not None
         # One that is stopped before its first beat has told nothing yet.
         signs: dict[int, tuple[int, str]] = dict.fromkeys(range(self.world_size), (0, "starting"))
         signs[self.rank] = (self._signs, self._where)
-        try:
-            for rank in range(self.world_size):
-                if rank != self.rank and self._store.check([f"signs/{rank}"]):
-                    count, where = json.loads(self._store.get(f"signs/{rank}"))
-                    signs[rank] = (count, where)
-            stopped = [rank for rank in signs if rank != self.rank and self._state_of(rank) in STOPPED]
-        except RuntimeError:
-            return f"{what} while {self._where}; the launcher's store cannot be reached"
+        for rank in range(self.world_size):
+            if rank != self.rank and self._store.check([f"signs/{rank}"]):
+                count, where = json.loads(self._store.get(f"signs/{rank}"))
+                signs[rank] = (count, where)
+        stopped = [rank for rank in signs if rank != self.rank and self._state_of(rank) in STOPPED]
         if stopped:
             last_seen = ", ".join(f"rank {rank} (last seen: {signs[rank][1]})" for rank in stopped)
             return f"{what}; stopped by a signal: {last_seen}"
@@ -192,12 +219,13 @@ class Watch:
         print(f"progscale: [rank {self.rank}] the run ends: {what}", file=sys.stderr, flush=True)
         if tell:
             self._done.set()
-            try:
+
+            def tell_them(store: Any) -> None:
                 if self._tell(what):
                     self._kill_stopped()
                     self._kill_deaf()
-            except RuntimeError:
-                pass  # the launcher is gone too
+
+            self._ask(tell_them, None)
         os._exit(1)
 
     def _kill_stopped(self) -> None:
@@ -228,12 +256,22 @@ class Watch:
         if self._store is None or not self._store.check([f"who/{rank}"]):
             return None
         host, process = json.loads(self._store.get(f"who/{rank}"))
-        return int(process) if host == socket.gethostname() else None
+        return int(process) if host == machine() else None
 
     def _state_of(self, rank: int) -> str | None:
         """As `process_state`; None where the rank is on another node, or has not begun."""
         process = self._process_of(rank)
         return None if process is None else process_state(process)
+
+
+@functools.cache
+def machine() -> str:
+    """This machine, as far as process numbers go: two may have one name, and a container numbers of its own."""
+    found = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # macOS
+        found.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        found.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(found)
 
 
 def process_state(process: int) -> str:

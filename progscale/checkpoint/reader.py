@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError
 
 from progscale.checkpoint.manifest import STATE, Manifest, check_hash, check_sizes, parse_json, read_manifest, read_small
 from progscale.checkpoint.shards import WEIGHT, Stored, index_shard, open_shard
@@ -13,6 +15,8 @@ from progscale.engine import ranks
 from progscale.engine.base import Engine
 from progscale.engine.state import write_slice
 from progscale.errors import RejectedError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -79,18 +83,29 @@ def verify_together(path: Path) -> Checkpoint:
     Raises:
         RejectedError: on all ranks, when any of them found something.
     """
-    checkpoint: Checkpoint | None = None
-    failure: RejectedError | None = None
-    try:
+
+    def open_and_verify() -> Checkpoint:
         checkpoint = open_checkpoint(path)
         verify(checkpoint, checkpoint.shard_names[ranks.rank() :: ranks.world_size()])
+        return checkpoint
+
+    return _on_all(path, open_and_verify)
+
+
+def _on_all(path: Path, action: Callable[[], T]) -> T:
+    """What `action` gives on this rank; when it finds something on any, every rank raises it. A collective."""
+    result: list[T] = []
+    failure: RejectedError | None = None
+    try:
+        result.append(action())
     except RejectedError as error:
         failure = error
+    except (OSError, SafetensorError) as error:  # a node lost the file system, or somebody deletes what is read
+        failure = RejectedError(path, f"it cannot be read ({error})")
     found = [error for error in ranks.gather_objects(failure) if error is not None]
     if found:
         raise found[0]
-    assert checkpoint is not None
-    return checkpoint
+    return result[0]
 
 
 def index(checkpoint: Checkpoint) -> list[Stored]:
@@ -115,7 +130,8 @@ def check_cover(checkpoint: Checkpoint, stored: Iterable[Stored]) -> None:
             ranges.setdefault(part.name, {}).setdefault(kind, []).append((part.start, part.end))
         if scalars.setdefault(part.name, part.scalars) != part.scalars:
             raise RejectedError(checkpoint.path, f"{part.name} has several step counts")
-    wanted: Mapping[str, Any] = checkpoint.state["parameters"]
+    # What has no elements is in no file.
+    wanted: Mapping[str, Any] = {name: numel for name, numel in checkpoint.state["parameters"].items() if numel != 0}
     for name in (*wanted, *(name for name in ranges if name not in wanted)):
         numel, kinds = wanted.get(name), ranges.get(name, {})
         if not isinstance(numel, int) or WEIGHT not in kinds:
@@ -128,8 +144,32 @@ def check_cover(checkpoint: Checkpoint, stored: Iterable[Stored]) -> None:
                 raise RejectedError(checkpoint.path, f"{kind} of {name} has not each of its {numel} elements once")
 
 
+def check_fits(checkpoint: Checkpoint, engine: Engine) -> None:
+    """Refuses a checkpoint that lacks a parameter or buffer of the model, or has one that the model has not.
+
+    Raises:
+        RejectedError: naming the first; another release of a library may give a model other buffers.
+    """
+    theirs, ours = checkpoint.state["parameters"], engine.sizes()
+    for name in sorted({*theirs, *ours}):
+        if theirs.get(name, 0) != ours.get(name, 0):
+            raise RejectedError(
+                checkpoint.path, f"{name} has {theirs.get(name, 0)} elements, and in this run's model {ours.get(name, 0)}"
+            )
+
+
 def load_weights(checkpoint: Checkpoint, engine: Engine) -> None:
-    """Gives the model on this rank the stored weights, cast to its own dtype; to be called before the first stage begins."""
+    """Gives the model on this rank the stored weights, cast to its own dtype; to be called before the first stage begins.
+
+    A collective.
+
+    Raises:
+        RejectedError: on all ranks, when one of them cannot read it.
+    """
+    _on_all(checkpoint.path, lambda: _load_weights(checkpoint, engine))
+
+
+def _load_weights(checkpoint: Checkpoint, engine: Engine) -> None:
     for file, part in _walk(checkpoint):
         start, held = engine.held(part.name)
         first, last = max(start, part.start), min(start + held.numel(), part.end)
@@ -141,8 +181,15 @@ def load_weights(checkpoint: Checkpoint, engine: Engine) -> None:
 def load_optimizer(checkpoint: Checkpoint, engine: Engine) -> None:
     """Gives the optimizer of the engine's stage the stored masters, moments and step counts, on this rank.
 
-    What froze in this stage is left aside, and what thawed in it has no state: just as at a switch.
+    What froze in this stage is left aside, and what thawed in it has no state: just as at a switch. A collective.
+
+    Raises:
+        RejectedError: on all ranks, when one of them cannot read it.
     """
+    _on_all(checkpoint.path, lambda: _load_optimizer(checkpoint, engine))
+
+
+def _load_optimizer(checkpoint: Checkpoint, engine: Engine) -> None:
     shards = engine.shards()
     places = [(piece.name, piece.start, piece.end, shard) for shard in shards for piece in shard.pieces]
     for file, part in _walk(checkpoint):

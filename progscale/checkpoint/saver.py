@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import threading
 import time
@@ -18,6 +19,8 @@ from progscale.checkpoint.store import Store
 from progscale.engine.base import Engine
 from progscale.engine.state import Slice
 from progscale.errors import CheckpointError
+
+log = logging.getLogger("progscale")
 
 # Room for any dtype to begin at.
 ALIGNMENT = 64
@@ -129,6 +132,11 @@ class Saver:
         self._pending = pending
         if self._background and not wait:
             copied = self._copied(slices)
+            # Where one rank has no memory for it, all of them write at once.
+            if self._engine.any_true(copied is None):
+                self._write(pending, slices)
+                return self.finish()
+            assert copied is not None
             pending.thread = threading.Thread(target=self._write, args=(pending, copied), name="checkpoint", daemon=True)
             pending.thread.start()
             pending.blocked = time.perf_counter() - started
@@ -179,14 +187,14 @@ class Saver:
             # Any error must reach the vote: the other ranks wait there.
             part.failure = f"{type(error).__name__}: {error}" if not isinstance(error, OSError) else str(error)
 
-    def _copied(self, slices: list[Slice]) -> Iterator[Slice]:
-        """The slices with copies of their tensors, all in one buffer that stays for the next save."""
+    def _copied(self, slices: list[Slice]) -> Iterator[Slice] | None:
+        """The slices with copies of their tensors, all in one buffer that stays for the next save; None without memory for it."""
         if self._reserving is not None:
             self._reserving.join()
             self._reserving = None
         needed = _room(slices)
-        if needed > self._copy.numel():
-            self._copy = _buffer(needed, self._engine.device)
+        if needed > self._copy.numel() and not self._allocate(needed):
+            return None
         offset, copies = 0, []
         for part in slices:
             tensors = {}
@@ -200,6 +208,16 @@ class Saver:
             torch.cuda.synchronize(self._engine.device)
         return iter(copies)
 
+    def _allocate(self, size: int) -> bool:
+        """A new buffer in place of the old one; whether there is memory for it."""
+        self._copy = torch.empty(0, dtype=torch.uint8)  # the two are never held together
+        try:
+            self._copy = _buffer(size, self._engine.device)
+        except (RuntimeError, MemoryError) as error:
+            log.warning("no memory for the copy of a background save (%d bytes: %s): it is written in place", size, error)
+            return False
+        return True
+
     def reserve(self) -> None:
         """Has the buffer of background saves made ready while training goes on, so that the first copy costs no page faults.
 
@@ -207,16 +225,17 @@ class Saver:
         """
         if not self._background:
             return
-        needed = _room(self._engine.own_slices())
-        # Moments come with the first step: room for two beside the weights of what is live.
-        live = sum(shard.tensor.numel() * 4 + 2 * ALIGNMENT * len(shard.pieces) for shard in self._engine.shards())
-        size = needed + 2 * live
-
+        assert self._engine.build is not None
+        slices, live = list(self._engine.own_slices()), set(self._engine.build.live)
+        # Moments come with the first step: two of fp32.
+        coming = [part for part in slices if part.name in live and not {"exp_avg", "exp_avg_sq"} & set(part.tensors)]
+        size = _room(slices) + sum(2 * _aligned(4 * (part.end - part.start)) for part in coming)
         if size <= self._copy.numel():
             return
 
         def fill() -> None:
-            self._copy = _buffer(size, self._engine.device).zero_()
+            if self._allocate(size):
+                self._copy.zero_()
 
         self._reserving = threading.Thread(target=fill, name="checkpoint buffer", daemon=True)
         self._reserving.start()

@@ -48,10 +48,7 @@ class Store:
         self.restore()
         for path in self._entries():
             if path.name.startswith((STAGED, REPLACED)):
-                try:
-                    shutil.rmtree(path)
-                except OSError as error:  # a link, a file of somebody else's, no permission: it harms nobody
-                    log.warning("%s is left over, and cannot be deleted (%s)", path, error)
+                self._delete(path)
 
     def restore(self) -> None:
         """Brings a checkpoint back that was being replaced when its run was killed."""
@@ -111,10 +108,14 @@ class Store:
             self.restore()
             raise
         sync(self.root)
+        # It is there: what fails from here on is no reason to say that it is not.
         if replaced.exists():
-            shutil.rmtree(replaced)
-        self._point_to(final, step)
+            self._delete(replaced)
         self._prune()
+        try:
+            self._point_to(final, step)
+        except OSError as error:
+            log.warning("%s cannot be written (%s)", self.root / LATEST, error)
         return final
 
     def discard(self, staged: Path) -> None:
@@ -143,9 +144,17 @@ class Store:
             doomed = self.root / f"{STAGED}{path.name}"
             try:
                 os.rename(path, doomed)
-                shutil.rmtree(doomed)
             except OSError as error:
                 log.warning("the old checkpoint %s cannot be deleted (%s)", path, error)
+            else:
+                self._delete(doomed)
+
+    @staticmethod
+    def _delete(path: Path) -> None:
+        try:
+            shutil.rmtree(path)
+        except OSError as error:  # a link, a file of somebody else's, no permission: it harms nobody
+            log.warning("%s is left over, and cannot be deleted (%s)", path, error)
 
     def _entries(self) -> list[Path]:
         return sorted(self.root.iterdir()) if self.root.is_dir() else []

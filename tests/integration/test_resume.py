@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from progscale.checkpoint import shards
 from progscale.session import Session
 from progscale.tasks.demo import DemoTask
 from tests.harness.programs import Answer, in_process, records, settings, summary_of
@@ -222,7 +223,7 @@ def test_the_best_model_is_the_one_that_is_told(told: type[Told], tmp_path: Path
 
 
 def test_one_process_at_a_time(told: type[Told], tmp_path: Path) -> None:
-    from progscale.trackers import lock
+    from progscale.trackers import lock, unlock
 
     held = lock(stopped_at(told, tmp_path, 3))
     assert held is not None
@@ -230,7 +231,7 @@ def test_one_process_at_a_time(told: type[Told], tmp_path: Path) -> None:
         answer = train(tmp_path, "--resume", policy)
         assert answer.code == 2
         assert "another process is at work" in answer.err
-    held.release()
+    unlock(held)
     assert train(tmp_path, "--resume", "auto").code == 0
 
 
@@ -248,6 +249,44 @@ def test_what_was_on_its_way_is_published(monkeypatch: pytest.MonkeyPatch, tmp_p
     answer = train(tmp_path, checkpoint__background=True, checkpoint__every_steps=2, checkpoint__at_stages=False)
     assert answer.code == 3
     assert [path.name for path in (tmp_path / "a" / "checkpoints").glob("*-*")] == ["step-00000002"]
+
+
+@pytest.mark.parametrize("on_error", ["stop", "warn"])
+def test_told_to_stop_when_the_save_before_has_failed(
+    told: type[Told], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, on_error: str
+) -> None:
+    """The one that was on its way is lost; the step that is done is saved all the same."""
+    original, failed = shards.write_shard, list[str]()
+
+    def write_shard(path: Path, *arguments: Any) -> Any:
+        if not failed:
+            failed.append(path.name)
+            raise OSError(28, "No space left on device", str(path))
+        return original(path, *arguments)
+
+    monkeypatch.setattr(shards, "write_shard", write_shard)
+    monkeypatch.setattr("progscale.session.Session.publish_due", property(lambda self: False))
+    told.stop_at = 3
+    saving = {"checkpoint__background": True, "checkpoint__every_steps": 2, "checkpoint__at_stages": False}
+    answer = train(tmp_path, checkpoint__on_error=on_error, **saving)
+    assert answer.code == 75, answer.err
+    assert "warning: a checkpoint could not be written" in unwrapped(answer)
+    assert [path.name for path in (tmp_path / "a" / "checkpoints").glob("*-*")] == ["step-00000003"]
+
+
+def test_no_memory_for_the_copy_of_a_background_save(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is written in place."""
+
+    def refuse(size: int, device: torch.device) -> torch.Tensor:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr("progscale.checkpoint.saver._buffer", refuse)
+    answer = train(tmp_path, checkpoint__background=True, checkpoint__every_steps=2)
+    assert answer.code == 0, answer.err
+    assert {record["step"] for record in records(tmp_path / "a", "checkpoint")} == {2, 4, 6}
+    assert "no memory for the copy of a background save" in caplog.text
 
 
 def test_verify(told: type[Told], tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ from torch import nn
 from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification, AutoTokenizer
 
 from progscale.engine.base import Engine
-from progscale.export import export_model
+from progscale.errors import WriteError
+from progscale.export import export_model, exported_origin
 from progscale.tasks.demo import demo_tokenizer
 from tests.harness.cases import make_engine
 from tests.tiny import FAMILY_NAMES, tiny_model
@@ -37,6 +40,49 @@ def test_round_trip(tmp_path: Path, family: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert tokenizer("the fox")["input_ids"] == demo_tokenizer()("the fox")["input_ids"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "3", '{"step": 3}', '{"step": "x", "metrics": {}}', '{"step": 3, "metrics": {"f1": null}}', None]
+)
+def test_an_origin_that_is_damaged(tmp_path: Path, content: str | None, caplog: pytest.LogCaptureFixture) -> None:
+    """The model counts as none of ours; the next best one takes its place."""
+    export_model(engine_over(tiny_model("bert")), None, tmp_path / "model", step=3, metrics={"f1": 0.5, "loss": float("nan")})
+    found = exported_origin(tmp_path / "model")
+    assert found is not None and (found["step"], found["metrics"]["f1"]) == (3, 0.5)
+    origin = tmp_path / "model" / "progscale.json"
+    origin.unlink()
+    if content is None:
+        origin.mkdir()
+    else:
+        origin.write_text(content)
+    with caplog.at_level(logging.WARNING, "progscale"):
+        assert exported_origin(tmp_path / "model") is None
+    assert "progscale.json is damaged" in caplog.text
+
+
+def test_what_a_killed_export_left_is_mended(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    export_model(engine_over(tiny_model("bert")), None, model, step=3)
+    for left in ("model.old", "model.partial"):
+        shutil.copytree(model, tmp_path / left)
+    (tmp_path / "model.partial" / "progscale.json").unlink()
+    assert exported_origin(model) == {"step": 3, "metrics": {}}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_model_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one before it stays."""
+    engine = engine_over(tiny_model("bert"))
+    export_model(engine, None, tmp_path / "model", step=3)
+
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("progscale.export.sync", full)
+    with pytest.raises(WriteError, match=r"the model could not be written to .*No space left on device"):
+        export_model(engine, None, tmp_path / "model", step=6)
+    assert exported_origin(tmp_path / "model") == {"step": 3, "metrics": {}}
 
 
 def test_a_span_head(tmp_path: Path) -> None:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import io
 import json
+import logging
+import os
+import re
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +21,7 @@ from rich.console import Console
 
 from progscale.data import MicroBatch
 from progscale.errors import ConfigError
-from progscale.trackers import RunConsole, RunFolder, score_line, stage_table
+from progscale.trackers import RunConsole, RunFolder, lock, score_line, stage_table, unlock
 
 CONFIG = {"run": {"name": "a"}}
 
@@ -116,6 +123,102 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
         assert "run.output_dir: " in message
         assert "cannot be written (" in message
         assert "choose another with --set run.output_dir=…" in message
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.discarded.jsonl", "config.json.partial", "summary.json", ".lock"])
+def test_links_are_not_written_through(tmp_path: Path, name: str) -> None:
+    """Whoever sent the run folder chose where they lead."""
+    claim(tmp_path / "a").close()
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "a" / name).unlink(missing_ok=True)
+    (tmp_path / "a" / name).symlink_to(victim)
+    with pytest.raises(ConfigError, match=rf"{re.escape(name)}' is a link, and a run would write through it"):
+        RunFolder(tmp_path / "a", {"seed": 1}, "one", resume_bytes=0)
+    assert victim.read_text() == "precious"
+
+
+def test_a_disk_that_was_full_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next start needs no tidying up, whether the process could do so itself or was killed."""
+
+    def full(path: Path, *arguments: Any, **options: Any) -> int:
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(ConfigError, match="cannot be written \\(No space left on device\\)"):
+            claim(tmp_path / "a")
+    assert [entry.name for entry in (tmp_path / "a").iterdir()] == [".lock"]
+    for left in ("config.json.partial", ".PREEMPTED.4711", "PREEMPTED"):
+        (tmp_path / "a" / left).write_text("{")
+    claim(tmp_path / "a").close()
+
+
+def test_records_wait_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Said once; what could be written of a line is not written again."""
+    folder = claim(tmp_path / "a")
+    file, room = folder._metrics, [5]
+
+    class Full:
+        name = file.name
+
+        def write(self, content: bytes) -> int:
+            if not room[0]:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            written = min(room[0], len(content))
+            room[0] -= written
+            return file.write(content[:written])
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(file, name)
+
+    monkeypatch.setattr(folder, "_metrics", Full())
+    with caplog.at_level(logging.WARNING, "progscale"):
+        folder.record("step", step=1)
+        folder.record("step", step=2)
+    assert caplog.text.count("cannot be written (No space left on device): records are kept until it can") == 1
+    assert folder.sync() == 5
+    room[0] = 10**6
+    folder.record("step", step=3)
+    lines = (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+    room[0] = 0
+    folder.record("step", step=4)
+    with caplog.at_level(logging.WARNING, "progscale"):
+        folder.close()
+    assert "bytes of records are lost" in caplog.text
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run goes on without: a lock that is a file would outlive a killed process."""
+
+    def missing(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", missing)
+    assert lock(tmp_path) is None
+    claim(tmp_path / "a").close()
+
+
+def test_a_forked_process_holds_no_lock(tmp_path: Path) -> None:
+    """A loader's process lives on for seconds when its run is killed."""
+    held = lock(tmp_path)
+    assert held is not None
+    child = os.fork()
+    if not child:
+        time.sleep(60)
+        os._exit(0)
+    try:
+        with pytest.raises(ConfigError, match="another process is at work"):
+            lock(tmp_path)
+        unlock(held)
+        again = lock(tmp_path)
+        assert again is not None
+        unlock(again)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_the_console_of_another_rank_is_silent(capsys: pytest.CaptureFixture[str]) -> None:

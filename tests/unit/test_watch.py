@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -86,7 +85,7 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 def be(rank: int, process: int, host: str | None = None) -> None:
     """Says of a rank, which has no watch here, that it is this process."""
     store = module._connect(5)
-    store.set(f"who/{rank}", json.dumps([host or socket.gethostname(), process]))
+    store.set(f"who/{rank}", json.dumps([host or module.machine(), process]))
     store.add(f"beat/{rank}", 1)
 
 
@@ -323,7 +322,7 @@ def test_a_launcher_that_is_gone(ranks: Ranks, capfd: pytest.CaptureFixture[str]
     wait_until(lambda: module._connect(5).check(["beat/0"]))
     ranks.store = None
     if stopping:
-        wait_until(lambda: not watch._thread.is_alive())
+        time.sleep(4 * module.STORE_SECONDS)
         assert ranks.codes == []
     else:
         wait_until(lambda: ranks.codes == [1])
@@ -333,6 +332,45 @@ def test_a_launcher_that_is_gone(ranks: Ranks, capfd: pytest.CaptureFixture[str]
     watch.failed("too late to tell")
     assert watch.gone() == []
     assert time.monotonic() - started < 5
+
+
+class Frozen:
+    """A store whose process was stopped: it answers nothing, and heeds no time-out."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return lambda *arguments: threading.Event().wait()
+
+
+@pytest.fixture
+def frozen(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "HEED_SECONDS", 0.1)
+    connect = module._connect
+
+    def freeze_when_known(timeout_seconds: float) -> Any:
+        class Store(Frozen):
+            set = connect(timeout_seconds).set
+
+        return Store()
+
+    monkeypatch.setattr(module, "_connect", freeze_when_known)
+
+
+def test_a_store_that_stands_still(ranks: Ranks, frozen: None, capfd: pytest.CaptureFixture[str]) -> None:
+    watch = ranks.make(0)
+    wait_until(lambda: ranks.codes == [1])
+    assert "the launcher's store cannot be reached: the launcher or its node is gone, or stands still" in capfd.readouterr().err
+    started = time.monotonic()
+    assert watch.gone() == []
+    watch.stop()
+    assert time.monotonic() - started < 5
+
+
+def test_a_hang_while_the_store_stands_still(ranks: Ranks, frozen: None, capfd: pytest.CaptureFixture[str]) -> None:
+    """Even of a run that is to stop, which needs no store."""
+    ranks.make(0, timeout_seconds=1.0, stopping=lambda: True)
+    wait_until(lambda: ranks.codes == [1])
+    said = capfd.readouterr().err
+    assert "no progress for 1 s (engine.timeout_seconds) while starting; the launcher's store cannot be reached" in said
 
 
 # -- its end --------------------------------------------------------------------------------------------------------

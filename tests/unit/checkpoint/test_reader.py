@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from progscale.checkpoint.manifest import MANIFEST, STATE
-from progscale.checkpoint.reader import Checkpoint, index, open_checkpoint, verify, verify_together
+from progscale.checkpoint.reader import Checkpoint, check_fits, index, load_weights, open_checkpoint, verify, verify_together
 from progscale.checkpoint.shards import WEIGHT, open_shard
 from progscale.engine.base import Engine
 from progscale.engine.state import MASTER
@@ -366,6 +366,11 @@ def test_step_counts_that_differ(quick: Path) -> None:
     rejected(path, "layer.weight has several step counts")
 
 
+def test_what_has_no_elements_is_in_no_file(quick: Path) -> None:
+    """A buffer may be empty."""
+    read(seal_files(quick, [EMBEDDINGS, BIAS, live("layer.weight", 0, 40, 1)], {**PARAMETERS, "empty": 0}))
+
+
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
@@ -376,6 +381,7 @@ def test_step_counts_that_differ(quick: Path) -> None:
         ({**PARAMETERS, "layer.bias": "5"}, "layer.bias is missing"),
         ({**PARAMETERS, "layer.bias": 5.0}, "layer.bias is missing"),
         ({**PARAMETERS, "layer.bias": None}, "layer.bias is missing"),
+        ({**PARAMETERS, "layer.bias": 0}, "layer.bias is no parameter of its model"),
     ],
 )
 def test_parameters_that_are_not_those_of_the_model(quick: Path, parameters: Mapping[str, object], message: str) -> None:
@@ -433,6 +439,33 @@ def test_no_weight_changes_before_all_is_read(saved: Path, tmp_path: Path, damag
         with pytest.raises(RejectedError):
             verify_together(path)
         assert engine.digests(list(engine.parameters)) == before
+    engine.begin_stage(builds[0])
+    engine.close()
+
+
+def test_a_model_with_other_tensors(saved: Path) -> None:
+    """Another release of a library may give a model a buffer more; nothing is loaded then."""
+    engine, builds = checkpoints.make("plain", "progtuning", {}, seed=1)
+    checkpoint = open_checkpoint(saved / "step-00000003")
+    check_fits(checkpoint, engine)
+    engine.module.register_buffer("more", torch.zeros(3))
+    with pytest.raises(RejectedError, match="more has 0 elements, and in this run's model 3"):
+        check_fits(checkpoint, engine)
+    engine.begin_stage(builds[0])
+    engine.close()
+
+
+def test_a_disk_that_fails_while_weights_are_read(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks are told, and none waits."""
+    engine, builds = checkpoints.make("plain", "progtuning", {}, seed=1)
+    checkpoint = verify_together(saved / "step-00000003")
+
+    def stale(*arguments: object) -> None:
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr("progscale.checkpoint.reader.open_shard", stale)
+    with pytest.raises(RejectedError, match=r"it cannot be read .*Stale file handle"):
+        load_weights(checkpoint, engine)
     engine.begin_stage(builds[0])
     engine.close()
 

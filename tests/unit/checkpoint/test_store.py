@@ -161,7 +161,7 @@ def test_an_old_one_that_cannot_be_deleted(
     monkeypatch.setattr("shutil.rmtree", refuse)
     with caplog.at_level(logging.WARNING, "progscale"):
         save(store, 2)
-    assert "step-00000001 cannot be deleted" in caplog.text
+    assert "step-00000001 is left over, and cannot be deleted" in caplog.text
     assert steps(store) == [2]
 
 
