@@ -341,8 +341,8 @@ def check_same_on_all_ranks(config: Config, options: Mapping[str, Any] | None = 
     Raises:
         ConfigError: naming the ranks that differ from rank 0.
     """
-    hashes = ranks.gather_objects((json.dumps(dump_config(config), sort_keys=True), json.dumps(options), code_hash()))
-    for index, what in enumerate(("config", "command line (--resume and what it allows)", "code of progscale")):
+    hashes = ranks.gather_objects((json.dumps(dump_config(config), sort_keys=True), code_hash(), json.dumps(options)))
+    for index, what in enumerate(("config", "code of progscale", "command line (--resume and what it allows)")):
         differ = [rank for rank, entry in enumerate(hashes) if entry[index] != hashes[0][index]]
         if differ:
             raise ConfigError(f"the {what} on rank {', '.join(map(str, differ))} is not that of rank 0; start all alike")

@@ -196,6 +196,23 @@ def test_the_loss_scale_goes_on(runs: Runs, engine: str) -> None:
     same_bits(runs.rest(engine, "progtuning", 3, precision="fp16"), whole, 3)
 
 
+def test_what_one_rank_finds_all_ranks_refuse(runs: Runs) -> None:
+    """They share the files to be hashed; each of the damaged ones is read by one rank alone."""
+    runs.whole("zero2", "progtuning", dropout=0.0)
+    folder = runs.folder("zero2", "progtuning", dropout=0.0)
+    where: dict[str, Any] = {"folder": str(folder), "step": 3}
+    assert runs.ranks.run("tests.harness.checkpoints:refusal", **where) == ["", ""]
+    shards = sorted(Store(folder).path_of(3).glob("*.safetensors"))
+    assert {path.name[:9] for path in shards} == {"rank00000", "rank00001"}
+    for path in shards:
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        first, second = runs.ranks.run("tests.harness.checkpoints:refusal", **where)
+        assert first == second
+        assert f"{path.name} is damaged" in first
+        path.write_bytes(content)
+
+
 @pytest.mark.parametrize("engine", list(ENGINES))
 def test_every_element_is_stored_once(runs: Runs, engine: str) -> None:
     """Equal shares: no rank writes what another writes, and none the whole."""

@@ -13,6 +13,7 @@ from progscale.checkpoint.reader import load_optimizer, load_weights, verify_tog
 from progscale.checkpoint.saver import Saver
 from progscale.checkpoint.store import Store
 from progscale.engine.base import Engine, digest
+from progscale.errors import RejectedError
 from progscale.learning_rate import LearningRate
 from progscale.loop import seed_step
 from progscale.optim import StageBuild
@@ -117,6 +118,15 @@ def run_and_save(
         saver.reserve()
         train(made, build, build.stage.start_step, trained, saver, steps)
     return finish(made, trained)
+
+
+def refusal(folder: str, step: int) -> str:
+    """What all ranks are told when the checkpoint of `step` is not whole; "" when it is."""
+    try:
+        verify_together(Store(Path(folder)).path_of(step))
+    except RejectedError as error:
+        return str(error)
+    return ""
 
 
 def go_on(

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from progscale.tasks.demo import demo_sentences, demo_tokenizer
+from tests.harness.pickles import pickled
 from tests.harness.programs import Answer, in_process, settings
 from tests.harness.worker import TwoRanks
 from tests.tiny import tiny_model
@@ -158,6 +159,18 @@ def test_data_and_model_before_any_weight(own: dict[str, Any], tmp_path: Path, c
     # Reading these weights would be another error.
     (tmp_path / "model" / "model.safetensors").write_bytes(b"no weights")
     refused(dry(own, **change), message)
+
+
+@pytest.mark.parametrize("form", ["pickle", "torch", "old torch"])
+def test_weights_that_would_run_code(own: dict[str, Any], tmp_path: Path, form: str) -> None:
+    """A model's pickle is refused without being opened; allowed, torch itself unpickles no code."""
+    model, marker = Path(own["model__name"]), tmp_path / "executed"
+    (model / "model.safetensors").unlink()
+    (model / "pytorch_model.bin").write_bytes(pickled(marker, form))
+    refused(in_process("train", *settings(**own)), "--allow-pickle")
+    assert not marker.exists()
+    assert in_process("train", "--allow-pickle", *settings(**own, run__name="b")).code == 2
+    assert not marker.exists()
 
 
 def test_weights_that_are_pickles(own: dict[str, Any], tmp_path: Path) -> None:

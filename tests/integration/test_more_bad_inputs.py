@@ -370,8 +370,8 @@ def test_labels_beyond_number() -> None:
 def test_ranks_with_different_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on nodes with checkouts of their own."""
 
-    def gather(mine: tuple[str, str]) -> list[tuple[str, str]]:
-        return [mine, mine, (mine[0], "of another release"), mine]
+    def gather(mine: tuple[str, ...]) -> list[tuple[str, ...]]:
+        return [mine, mine, (mine[0], "of another release", *mine[2:]), mine]
 
     monkeypatch.setattr("progscale.setup.ranks.gather_objects", gather)
     with pytest.raises(ConfigError, match="the code of progscale on rank 2 is not that of rank 0; start all alike"):

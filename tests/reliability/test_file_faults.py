@@ -237,6 +237,7 @@ def killed_and_resumed(runs: Runs, kind: str, at: int, fault: str = "kill", rank
 def each(numbers: Sequence[int], check: Callable[[int], None], operations: Sequence[Operation]) -> None:
     """Checks all, and names those that failed."""
     assert numbers
+    print(f"{len(numbers)} of {len(operations)} file operations")
     failures = []
     for number in numbers:
         try:
@@ -308,6 +309,18 @@ def test_a_rank_killed_in_a_save(runs: Runs, rank: int) -> None:
     operations = runs.operations("two ranks", rank)
     all_of_them = [one.k for one in operations if ".tmp-00000003-" in one.path] if rank else third_save(operations)[::4]
     each(all_of_them, lambda at: killed_and_resumed(runs, "two ranks", at, rank=rank), operations)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["a shard under its name", "published", "the old one gone"])
+def test_a_rename_that_takes_its_time(runs: Runs, place: str) -> None:
+    """As over a network; nothing goes by times, and nothing is waited for in vain."""
+    output = runs.new()
+    (ended,) = runs.run("plain", "sleep:3", output, at=place_of(runs.operations("plain"), *PLACES[place]))
+    assert ended.code == 0, ended.err
+    assert ended.seconds > 3
+    assert outcome(output) == outcome(runs.whole("plain"))
+    assert names_in(output) == names_in(runs.whole("plain"))
 
 
 # -- saved again at the same step ---------------------------------------------------------------------------------------

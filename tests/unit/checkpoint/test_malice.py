@@ -12,12 +12,11 @@ import os
 import pickle
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from progscale.checkpoint import manifest
 from progscale.checkpoint.manifest import MANIFEST, STATE, canonical
@@ -27,6 +26,7 @@ from progscale.errors import ConfigError, RejectedError
 from progscale.resume import find_checkpoint, locate
 from tests.harness import faultfs
 from tests.harness.cases import reset_accelerate
+from tests.harness.pickles import pickled
 from tests.harness.programs import Answer, in_process, records
 from tests.harness.programs import settings as options
 from tests.harness.save_driver import FaultyForks
@@ -42,29 +42,10 @@ OTHERS = (
 )
 
 
-class Evil:
-    """Unpickled, it leaves a mark."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
-        return os.mkdir, (str(self.marker),)
-
-
 @pytest.fixture
 def marker(tmp_path: Path) -> Path:
     """A folder that is there as soon as somebody's code ran."""
     return tmp_path / "executed"
-
-
-def pickled(marker: Path, form: str) -> bytes:
-    """Code to be executed, as pickle or torch would load it."""
-    if form == "pickle":
-        return pickle.dumps(Evil(marker))
-    buffer = io.BytesIO()
-    torch.save({"model": Evil(marker)}, buffer, _use_new_zipfile_serialization=form == "torch")
-    return buffer.getvalue()
 
 
 def read(path: Path) -> None:
