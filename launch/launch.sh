@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# accelerate launch, with the launcher passing on every signal by which clusters announce the end, and waiting for the save:
+# accelerate launch, with the launcher passing on the signals by which clusters announce the end, and waiting for the save:
 #   launch/launch.sh --config_file configs/accelerate/multi-gpu.yaml launch/train.py --config configs/zero2.json --resume auto
 set -euo pipefail
 # By default SIGUSR1 kills the launcher and leaves its workers behind.

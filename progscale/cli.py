@@ -28,13 +28,14 @@ EXAMPLES = """examples:
   progscale train                                                    the built-in demo, in one process
   progscale train --config configs/models/bert-base.json --config configs/tasks/mrpc.json --set task.path=GLUE/MRPC
   accelerate launch launch/train.py --config configs/zero2.json      the same program under DeepSpeed ZeRO-2
+  progscale train --config my_run.json --resume auto                 begin, or go on where it was stopped
   progscale plan --model bert-large-uncased --epochs 3               what a schedule saves, before any weight is loaded
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code: 0, 2 for a mistake in the input, 3 for a run stopped by its own checks, 75 for
-    one that was told to stop and can be resumed.
+    """Runs a command; returns its exit code: 0, 1 for a rank that is gone or files that cannot be written, 2 for a mistake in the
+    input, 3 for a run stopped by its own checks, 75 for one that was told to stop and can be resumed.
     """
     parser = build_parser()
     options = parser.parse_args(arguments)
@@ -144,8 +145,8 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
         "--resume",
         default="never",
         metavar="auto|never|must|PATH",
-        help="go on from the newest valid checkpoint of the run's folder, if there is one (auto) or else not at all (must), or "
-        "from the checkpoint or run folder at PATH; default: never",
+        help="go on from the newest valid checkpoint of the run's folder: auto begins anew where there is none, must fails then; "
+        "or from the checkpoint or run folder at PATH; a run that has ended is left as it is; default: never",
     )
     parser.add_argument("--list-options", action="store_true", help="list every config key with its default and stop")
     parser.add_argument(

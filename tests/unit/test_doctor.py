@@ -348,7 +348,7 @@ def test_the_largest_file(tmp_path: Path, total: int, megabytes: int, limit: int
 @pytest.mark.parametrize(
     ("folder", "kind", "status"),
     [
-        ("/work", "ext4", "ok"),
+        ("/scratch", "ext4", "ok"),
         ("/home/me", "nfs4", "note"),
         ("/homes", "ext4", "ok"),
         ("/data", "xfs", "ok"),
