@@ -9,8 +9,8 @@ nothing else to do.
 
 How to read it: `blocked s` is for how long a save in the foreground holds up training, median and worst over the rounds; `disk s`
 the disk alone, at the same time on all ranks; `over s` the median difference. `background s` is for how long the copy of a
-background save holds it up. `bytes/parameter` counts all files (12
-are weight and two moments). `extra MB` is the memory that a foreground save took on top (peak resident, rank 0). `verify s` and
+background save holds it up. Before each save a run hashes what is frozen: `hash s` is for the whole model, more than any stage
+freezes. `bytes/parameter` counts all files (12 are weight and two moments). `extra MB` is the memory that a foreground save took on top (peak resident, rank 0). `verify s` and
 `load s` are hashing and reading back.
 """
 
@@ -80,7 +80,7 @@ def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
     own = sum(tensor.numel() * tensor.element_size() for part in engine.own_slices() for tensor in part.tensors.values())
     back.reserve()
     result: dict[str, Any] = {"engine": engine.name, "bytes": saved.bytes, "extra_bytes": extra, "own_bytes": own}
-    for key in ("blocked", "disk", "background"):
+    for key in ("blocked", "disk", "background", "hash"):
         result[key] = []
     time.sleep(2.0)  # the buffer of the background save is being made ready
     for index in range(2, options.rounds + 2):
@@ -102,6 +102,9 @@ def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
         back.finish()
         result["background"].append(stopped + time.perf_counter() - start)
         step(index)
+        start = time.perf_counter()
+        engine.digests(list(engine.parameters))
+        result["hash"].append(time.perf_counter() - start)
     last = options.rounds + 2
     fore.save(last, {**state, "step": last})  # what is read back must be of the step that the engine is at
     saved_path = Store(folder / "fore").path_of(last)
@@ -156,13 +159,14 @@ def main(given: Sequence[str] | None = None) -> None:
                 statistics.median(over),
                 statistics.median(result["background"]),
                 max(result["background"]),
+                statistics.median(result["hash"]),
                 result["extra_bytes"] / 1e6,
                 result["verify_seconds"],
                 result["load_seconds"],
             ]
         )
-    header = ["engine", "MB", "bytes/parameter", "blocked s", "worst", "disk s", "over s", "background s", "worst", "extra MB"]
-    show_table([*header, "verify s", "load s"], rows)
+    header = ["engine", "MB", "bytes/parameter", "blocked s", "worst", "disk s", "over s", "background s", "worst"]
+    show_table([*header, "hash s", "extra MB", "verify s", "load s"], rows)
     write_json(options.output, {"machine": machine(), "options": {**vars(options), "folder": "."}, "results": results})
 
 
