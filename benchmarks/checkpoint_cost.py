@@ -10,8 +10,8 @@ nothing else to do.
 How to read it: `blocked s` is for how long a save in the foreground holds up training, median and worst over the rounds; `disk s`
 the disk alone, at the same time on all ranks; `over s` the median difference. `background s` is for how long the copy of a
 background save holds it up. Before each save a run hashes what is frozen: `hash s` is for the whole model, more than any stage
-freezes. `bytes/parameter` counts all files (12 are weight and two moments). `extra MB` is the memory that a foreground save took on
-top (peak resident, rank 0). `verify s` and `load s` are hashing and reading back.
+freezes. `bytes/parameter` counts all files (12 are weight and two moments). `extra MB` is what a foreground save took on
+top of the resident memory (peak, rank 0). `verify s` and `load s` are hashing and reading back.
 """
 
 from __future__ import annotations
