@@ -205,11 +205,14 @@ def test_a_forked_process_holds_no_lock(tmp_path: Path) -> None:
     """A loader's process lives on for seconds when its run is killed."""
     held = lock(tmp_path)
     assert held is not None
+    begun, begin = os.pipe()
     child = os.fork()
     if not child:
+        os.write(begin, b"x")
         time.sleep(60)
         os._exit(0)
     try:
+        os.read(begun, 1)
         with pytest.raises(ConfigError, match="another process is at work"):
             lock(tmp_path)
         unlock(held)

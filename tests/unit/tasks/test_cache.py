@@ -108,10 +108,5 @@ def test_the_folder_without_the_variable(monkeypatch: pytest.MonkeyPatch) -> Non
     assert cache_dir() == Path.home() / ".cache" / "progscale"
 
 
-def test_work_can_be_stopped_between_batches() -> None:
-    def stop() -> None:
-        raise KeyboardInterrupt
-
+def test_work_comes_in_batches() -> None:
     assert list(batches_with_progress(5, 2, "counting")) == [(0, 2), (2, 4), (4, 5)]
-    with pytest.raises(KeyboardInterrupt):
-        list(batches_with_progress(5, 2, "counting", stop))
