@@ -123,14 +123,19 @@ class Watch:
 
     def _run(self) -> None:
         """What no store can keep from being seen."""
+        # Beats are counted, and not seconds: a job that was suspended for an hour has done nothing wrong.
+        signed, quiet, reached, missed = self._signed, 0, self._reached, 0
         while not self._done.wait(self._beat_seconds):
-            if time.monotonic() - self._signed > self.timeout_seconds:
+            quiet = quiet + 1 if self._signed == signed else 0
+            missed = missed + 1 if self._reached == reached else 0
+            signed, reached = self._signed, self._reached
+            if quiet * self._beat_seconds >= self.timeout_seconds:
                 what = self._hang_here()
                 if self._store is not None:
                     what = self._ask(lambda store: self._hang(), f"{what}; the launcher's store cannot be reached")
                 self._end(what, dump=True, tell=True)
             # A run that is saving before it leaves needs no store.
-            if self._store is not None and time.monotonic() - self._reached > STORE_SECONDS and not self._stopping():
+            if self._store is not None and missed * self._beat_seconds >= STORE_SECONDS and not self._stopping():
                 self._end("the launcher's store cannot be reached: the launcher or its node is gone, or stands still")
 
     def _talk_to_the_others(self) -> None:
@@ -211,14 +216,14 @@ class Watch:
 
     def _end(self, what: str, *, dump: bool = False, tell: bool = False) -> None:
         """Ends this process, whatever its main thread waits for."""
-        if self._done.is_set():  # the main thread has met the end itself
+        if self._done.is_set():  # the main thread has met the end itself, or the other one of the watch
             return
+        self._done.set()
         if dump:
             print(f"progscale: [rank {self.rank}] stands here:", file=sys.stderr, flush=True)
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         print(f"progscale: [rank {self.rank}] the run ends: {what}", file=sys.stderr, flush=True)
         if tell:
-            self._done.set()
 
             def tell_them(store: Any) -> None:
                 if self._tell(what):

@@ -334,6 +334,16 @@ def test_a_launcher_that_is_gone(ranks: Ranks, capfd: pytest.CaptureFixture[str]
     assert time.monotonic() - started < 5
 
 
+def test_a_job_that_was_suspended_goes_on(ranks: Ranks) -> None:
+    """A cluster stops all processes of a job for an hour, and has them go on."""
+    watch = ranks.make(0, timeout_seconds=60.0)
+    wait_until(lambda: module._connect(5).check(["beat/0"]))
+    watch._signed -= 3600
+    watch._reached -= 3600
+    time.sleep(6 * BEAT)
+    assert ranks.codes == []
+
+
 class Frozen:
     """A store whose process was stopped: it answers nothing, and heeds no time-out."""
 
