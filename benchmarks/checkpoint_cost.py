@@ -167,7 +167,8 @@ def main(given: Sequence[str] | None = None) -> None:
         )
     header = ["engine", "MB", "bytes/parameter", "blocked s", "worst", "disk s", "over s", "background s", "worst"]
     show_table([*header, "hash s", "extra MB", "verify s", "load s"], rows)
-    write_json(options.output, {"machine": machine(), "options": {**vars(options), "folder": ".", "output": None}, "results": results})
+    how = {key: value for key, value in vars(options).items() if key not in ("folder", "output")}
+    write_json(options.output, {"machine": machine(), "options": how, "results": results})
 
 
 if __name__ == "__main__":
