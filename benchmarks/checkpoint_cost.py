@@ -34,7 +34,8 @@ from progscale.checkpoint.reader import load_optimizer, load_weights, verify_tog
 from progscale.checkpoint.saver import Saver
 from progscale.checkpoint.store import Store
 from progscale.cli import quiet_libraries
-from progscale.engine.launch import set_up_cpu, world_size
+from progscale.engine.launch import set_up_cpu
+from progscale.launcher import read_ranks
 from progscale.meters import MemoryMeter
 from progscale.methods import METHODS
 from progscale.optim import build_for
@@ -138,7 +139,7 @@ def main(given: Sequence[str] | None = None) -> None:
     options = parser.parse_args(given)
     quiet_libraries()
     set_up_cpu()
-    ranks = world_size()
+    ranks = read_ranks(os.environ).world_size
     kinds = options.engines or (["plain", "zero2"] if ranks == 1 else ["ddp", "zero2", "zero3"])
     results = [measure(kind, options) for kind in kinds]
     if torch.distributed.is_initialized() and torch.distributed.get_rank():

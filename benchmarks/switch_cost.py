@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
+import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ import torch
 from common import ZERO, machine, random_engine, shape_overrides, show_machine, show_table, write_json
 
 from progscale.cli import quiet_libraries
-from progscale.engine.launch import set_up_cpu, world_size
+from progscale.engine.launch import set_up_cpu
+from progscale.launcher import read_ranks
 from progscale.meters import Audit
 from progscale.methods import METHODS
 from progscale.optim import build_for
@@ -139,7 +141,7 @@ def main(given: Sequence[str] | None = None) -> None:
     options = parser.parse_args(given)
     quiet_libraries()
     set_up_cpu(options.threads)
-    ranks = world_size()
+    ranks = read_ranks(os.environ).world_size
     kinds = options.engines or [kind for kind in ZERO if kind != ("plain" if ranks > 1 else "ddp")]
     # One process gets rank variables for ZeRO, after which it cannot do without them.
     results = [measure(kind, options) for kind in sorted(kinds, key=lambda kind: kind != "plain")]

@@ -175,11 +175,10 @@ def check_same_run(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
     # What follows from other options is news only where they are alike (somebody's own schedule, other data).
     told = [key for key in different if key not in DERIVED] or different
     if told:
-        names = {key: printable(key) for key in told}
-        faults = [
-            Fault(names[key], f"the checkpoint has {json.dumps(theirs.get(key))}, this run {json.dumps(ours.get(key))}")
-            for key in told
-        ]
+        faults = []
+        for key in told:
+            both = f"the checkpoint has {json.dumps(theirs.get(key))}, this run {json.dumps(ours.get(key))}"
+            faults.append(Fault(printable(key), both))
         raise ConfigError(
             faults, f"--resume: {checkpoint.path} is of another run (restore these values, or start anew with --resume never)"
         )

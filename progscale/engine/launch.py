@@ -21,11 +21,6 @@ from progscale.errors import UserError
 from progscale.launcher import keeps_store, read_ranks, try_port
 
 
-def world_size() -> int:
-    """Processes that the launcher started; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def set_up_cpu(threads: int | None = None) -> int:
     """Thread count and denormal handling of this process; to be called before any tensor work.
 

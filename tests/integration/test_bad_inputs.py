@@ -15,11 +15,7 @@ from tests.harness.programs import Answer, in_process, settings
 from tests.harness.worker import TwoRanks
 from tests.tiny import tiny_model
 
-
-@pytest.fixture(autouse=True)
-def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 def refused(answer: Answer, message: str) -> None:

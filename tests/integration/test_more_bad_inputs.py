@@ -27,12 +27,7 @@ from tests.tiny import tiny_model
 
 SHORT = {"train__max_steps": 1, "schedule__stages": 1, "task__max_eval_examples": 8, "train__save_model": "none"}
 LONG = "x" * 300
-
-
-@pytest.fixture(autouse=True)
-def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 def refused(answer: Answer, message: str) -> None:

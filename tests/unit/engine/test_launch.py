@@ -13,7 +13,7 @@ from torch import nn
 
 from progscale.engine.base import EngineSettings
 from progscale.engine.deepspeed import check_release, hidden_size, stage_config
-from progscale.engine.launch import check_precision, find_compiler, set_up_cpu, take_over_launcher_settings, world_size
+from progscale.engine.launch import check_precision, find_compiler, set_up_cpu, take_over_launcher_settings
 from progscale.engine.local import LocalEngine
 from progscale.errors import UserError
 from tests.harness.cases import make_engine
@@ -138,10 +138,6 @@ def test_threads_and_processes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert set_up_cpu() == torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    assert world_size() == 3
-    monkeypatch.delenv("WORLD_SIZE")
-    assert world_size() == 1
 
 
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
