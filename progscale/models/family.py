@@ -63,6 +63,10 @@ class Family:
         load_tokenizer: gives the tokenizer for a model name; None takes AutoTokenizer.
         max_tokens: the longest input in tokens that a config allows, None for no limit; without the function,
             `config.max_position_embeddings` is the limit.
+        projections: what a low-rank method changes by default: endings of the module paths of the query and value
+            projections in a block.
+        sublayers: for each stack, paths in a block of the modules whose output is added to the residual stream (the
+            self-attention's, then the feed-forward's; dropout included where it is a module); a bottleneck adapter follows each.
     """
 
     name: str
@@ -74,6 +78,8 @@ class Family:
     load: Callable[[ModelRequest], torch.nn.Module] | None = None
     load_tokenizer: Callable[[str], Any] | None = None
     max_tokens: Callable[[Any], int | None] | None = None
+    projections: tuple[str, ...] = ()
+    sublayers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 FAMILIES: Registry[Family] = Registry("model family", "progscale.families", package="progscale.models.families")

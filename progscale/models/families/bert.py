@@ -10,5 +10,7 @@ register_family(
         embeddings=("embeddings",),
         stacks={"blocks": "encoder.layer"},
         head=("pooler?",),
+        projections=("attention.self.query", "attention.self.value"),
+        sublayers={"blocks": ("attention.output.dropout", "output.dropout")},
     )
 )

@@ -22,5 +22,7 @@ register_family(
         embeddings=("embeddings", "encoder.rel_embeddings?", "encoder.LayerNorm?", "encoder.conv?"),
         stacks={"blocks": "encoder.layer"},
         max_tokens=max_tokens,
+        projections=("attention.self.query_proj", "attention.self.value_proj"),
+        sublayers={"blocks": ("attention.output.dropout", "output.dropout")},
     )
 )

@@ -9,5 +9,7 @@ register_family(
         base="distilbert",
         embeddings=("embeddings",),
         stacks={"blocks": "transformer.layer"},
+        projections=("attention.q_lin", "attention.v_lin"),
+        sublayers={"blocks": ("attention.out_lin", "ffn.dropout")},
     )
 )

@@ -9,5 +9,7 @@ register_family(
         base="electra",
         embeddings=("embeddings", "embeddings_project?"),
         stacks={"blocks": "encoder.layer"},
+        projections=("attention.self.query", "attention.self.value"),
+        sublayers={"blocks": ("attention.output.dropout", "output.dropout")},
     )
 )

@@ -19,5 +19,7 @@ register_family(
         stacks={"blocks": "encoder.layer"},
         head=("pooler?",),
         max_tokens=max_tokens,
+        projections=("attention.self.query", "attention.self.value"),
+        sublayers={"blocks": ("attention.output.dropout", "output.dropout")},
     )
 )
