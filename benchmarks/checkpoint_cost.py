@@ -37,7 +37,8 @@ from progscale.cli import quiet_libraries
 from progscale.engine.launch import set_up_cpu
 from progscale.launcher import read_ranks
 from progscale.meters import MemoryMeter
-from progscale.methods import METHODS
+from progscale.methods import Subject, make_method
+from progscale.models.family import FAMILIES
 from progscale.optim import build_for
 from progscale.schedule import build_stages
 
@@ -60,7 +61,7 @@ def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
     """All rounds of one engine kind."""
     engine, parts = random_engine(kind, options.model, options.precision, **shape_overrides(options.blocks, options.hidden))
     stages = build_stages("progtuning", num_blocks=parts.num_blocks, stages=3, total_steps=3, embeddings="always", options={})
-    builds = build_for(stages, parts, METHODS.get("full")(), weight_decay=0.01)
+    builds = build_for(stages, parts, make_method("full", Subject(FAMILIES.get("bert"))), weight_decay=0.01)
     engine.begin_stage(builds[0])
     folder = Path(engine.on_main(lambda: tempfile.mkdtemp(prefix="checkpoint-cost-", dir=options.folder)))
 

@@ -62,7 +62,7 @@ def run_side(options: argparse.Namespace) -> None:
     from progscale.engine.launch import create_engine, make_accelerator, set_up_cpu
     from progscale.engine.loading import load_module
     from progscale.meters import Audit, MemoryMeter
-    from progscale.methods import METHODS
+    from progscale.methods import Subject, make_method
     from progscale.models.loading import find_family
     from progscale.optim import build_for
     from progscale.schedule import build_stages
@@ -87,7 +87,7 @@ def run_side(options: argparse.Namespace) -> None:
         embeddings=options.embeddings,
         options={},
     )
-    builds = build_for(stages, parts, METHODS.get("full")(), weight_decay=0.01)
+    builds = build_for(stages, parts, make_method("full", Subject(family)), weight_decay=0.01)
     engine = create_engine(module, EngineSettings(micro_batch_size=options.rows), accelerator, deepspeed)
     losses, changed, switches, carried = [], 0, [], []
     for build in builds:

@@ -32,7 +32,8 @@ from progscale.cli import quiet_libraries
 from progscale.engine.launch import set_up_cpu
 from progscale.launcher import read_ranks
 from progscale.meters import Audit
-from progscale.methods import METHODS
+from progscale.methods import Subject, make_method
+from progscale.models.family import FAMILIES
 from progscale.optim import build_for
 from progscale.schedule import build_stages
 
@@ -85,7 +86,7 @@ def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
         embeddings="always",
         options={},
     )
-    builds = build_for(stages, parts, METHODS.get("full")(), weight_decay=0.01)
+    builds = build_for(stages, parts, make_method("full", Subject(FAMILIES.get("bert"))), weight_decay=0.01)
     # As a run does it: each switch collects the old engine, and would scan all that importing left each time.
     gc.collect()
     gc.freeze()

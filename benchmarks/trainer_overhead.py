@@ -42,7 +42,7 @@ from progscale.engine.launch import create_engine, make_accelerator, set_up_cpu
 from progscale.engine.loading import load_module
 from progscale.loop import seed_step
 from progscale.meters import Audit, MemoryMeter, StageMeter
-from progscale.methods import METHODS
+from progscale.methods import Subject, make_method
 from progscale.models.loading import family_of, find_family
 from progscale.optim import AdamW, StageBuild, build_for
 from progscale.schedule import build_stages
@@ -184,7 +184,7 @@ def measure(options: argparse.Namespace) -> dict[str, list[float]]:
 
     parts = partition(model, family_of(model))
     stages = build_stages("none", num_blocks=parts.num_blocks, stages=1, total_steps=total, embeddings="always", options={})
-    build = build_for(stages, parts, METHODS.get("full")(), weight_decay=DECAY)[0]
+    build = build_for(stages, parts, make_method("full", Subject(family_of(model))), weight_decay=DECAY)[0]
     settings = EngineSettings(options.precision, AdamW(), CLIP, size)
     engine = create_engine(copy.deepcopy(model), settings, make_accelerator(deepspeed=None), None)
     sizes = {name: info.numel for name, info in parts.parameters.items()}

@@ -59,10 +59,12 @@ class Partition:
     Attributes:
         parameters: by name.
         num_blocks: blocks of each stack.
+        base: path of the base model with its final dot ("bert."); "" when the model is its own base.
     """
 
     parameters: Mapping[str, ParameterInfo]
     num_blocks: Mapping[str, int]
+    base: str = ""
 
     def names(self, part: Part | None = None) -> tuple[str, ...]:
         """Names of a part's parameters in the order of the model; of all parameters without `part`."""
@@ -142,7 +144,22 @@ def partition(model: torch.nn.Module, family: Family) -> Partition:
                 f"'{root.rstrip('.') or type(model).__name__}' of this {type(model).__name__}; "
                 f"write '{pattern}?' if it may be absent"
             )
-    return Partition(parameters, {stack: len(children) for stack, children in stacks.items()})
+    return Partition(parameters, {stack: len(children) for stack, children in stacks.items()}, root)
+
+
+def block_modules(model: torch.nn.Module, family: Family) -> dict[str, dict[str, torch.nn.Module]]:
+    """For each stack the blocks by their path in the model, low to high.
+
+    Raises:
+        ModelError: a stack of the family is not in the model.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    root = _base_path(modules, family)
+    found = {}
+    for stack, path in family.stacks.items():
+        prefixes = _stack_children(modules, family, stack, root + path)
+        found[stack] = {prefix.removesuffix("."): modules[prefix.removesuffix(".")] for prefix in prefixes}
+    return found
 
 
 def _base_path(modules: Mapping[str, torch.nn.Module], family: Family) -> str:

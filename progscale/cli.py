@@ -17,7 +17,7 @@ from progscale.config import Config, describe_schema, dump_config, load_config
 from progscale.config.schema import SQUAD_TASKS
 from progscale.errors import ConfigError, DataError, Fault, LaunchError, ModelError, ProgscaleError, UserError
 from progscale.launcher import read_ranks
-from progscale.names import name_faults
+from progscale.names import method_options, name_faults, with_options
 from progscale.signals import Signals
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def read_config(options: argparse.Namespace, extra: Sequence[str] = ()) -> Confi
     """The config of the given layers, all its faults at once; plug-in modules are imported first."""
     for module in options.plugin:
         import_plugin(module)
-    return load_config(options.config, [*options.set, *extra], check=name_faults)
+    return with_options(load_config(options.config, [*options.set, *extra], check=name_faults))
 
 
 def import_plugin(module: str) -> None:
@@ -217,7 +217,7 @@ def import_plugin(module: str) -> None:
 def run_train(options: argparse.Namespace) -> int:
     """The command `train`."""
     if options.list_options:
-        for row in describe_schema():
+        for row in [*describe_schema(), *method_options()]:
             print("  ".join(str(cell) for cell in row))
         return 0
     if options.print_config:
@@ -291,6 +291,7 @@ def plan_of(config: Config, options: argparse.Namespace) -> Plan:
         epochs=config.train.epochs,
         embeddings=config.schedule.embeddings,
         method=config.method.name,
+        method_options=config.method.options,
         num_labels=options.num_labels or num_labels,
         head=options.head or head,
         overrides=config.model.overrides,

@@ -227,13 +227,14 @@ def model_check(config: Config, permissions: Any) -> tuple[Check, int, int]:
     import torch
 
     from progscale.blocks import partition
-    from progscale.methods import METHODS, live_parameters
-    from progscale.setup import find_inputs, stages_of
+    from progscale.methods import live_parameters
+    from progscale.setup import find_inputs, method_of, stages_of
 
     counts = [0]
 
     def look() -> str:
-        inputs, method = find_inputs(config, permissions), METHODS.get(config.method.name)()
+        inputs = find_inputs(config, permissions)
+        method = method_of(config, inputs)
         with torch.device("meta"):
             parts = partition(method.prepare(inputs.skeleton), inputs.family)
         # Which blocks are live does not depend on the steps, whose number only the tokenised data tells.

@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,12 @@ import torch
 from safetensors import SafetensorError
 
 from progscale.checkpoint.store import sync, write_durably
-from progscale.engine.base import Engine
-from progscale.errors import WriteError
+from progscale.engine.base import Engine, persistent_buffers
+from progscale.errors import ModelError, UserError, WriteError
+from progscale.methods import Method, Subject, make_method
+from progscale.models.family import FAMILIES, ModelRequest
+from progscale.models.loading import load_model
+from progscale.models.saving import save_whole
 from progscale.numbers import decode_scores, encode_numbers
 
 log = logging.getLogger("progscale")
@@ -23,24 +28,49 @@ log = logging.getLogger("progscale")
 PARTIAL, OLD = ".partial", ".old"
 # What the exported weights are: the optimizer step and the scores they had.
 ORIGIN = "progscale.json"
+# Of an exported folder, what is the adapter and not its tokenizer.
+ADAPTER_FILES = (ORIGIN, "adapter_model.safetensors", "adapter_config.json", "quantization_config.json", "README.md")
+
+
+Save = Callable[[Any, Mapping[str, torch.Tensor], Path], None]
 
 
 def export_model(
-    engine: Engine, tokenizer: Any, path: Path, *, step: int = 0, metrics: Mapping[str, float] | None = None
+    engine: Engine,
+    tokenizer: Any,
+    path: Path,
+    *,
+    step: int = 0,
+    metrics: Mapping[str, float] | None = None,
+    save: Save = save_whole,
+    names: Iterable[str] | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the model to `path`, replacing what is there only when the new one is whole. A collective.
 
     Parameters are gathered one at a time; the main process holds them all on the CPU while it writes.
 
+    Args:
+        engine: whose model it is.
+        tokenizer: saved beside it; None for none.
+        path: of the folder.
+        step: optimizer steps done.
+        metrics: the scores of the model.
+        save: writes structure and weights, as `Method.save`.
+        names: of the parameters that `save` needs; None for all.
+        about: from `describe`: what `load_exported` needs to know.
+
     Raises:
         WriteError: on all ranks, when it cannot be written.
     """
-    state = {name: value for name, value in engine.full_parameters() if value is not None}
-    origin = {"step": step, "metrics": encode_numbers(dict(metrics or {}))}
+    wanted = None if names is None else set(names)
+    chosen = [name for name in engine.parameters if wanted is None or name in wanted]
+    state = {name: value for name, value in engine.full_parameters(chosen) if value is not None}
+    origin = {"step": step, "metrics": encode_numbers(dict(metrics or {})), **(about or {})}
 
     def write() -> None:
         try:
-            _write(engine.module, state, tokenizer, path, origin)
+            _write(engine.module, state, tokenizer, path, origin, save)
         except (OSError, SafetensorError) as error:
             raise WriteError(f"the model could not be written to {path}: {error}; the one before it is untouched") from error
 
@@ -73,14 +103,18 @@ def exported_origin(path: Path) -> dict[str, Any] | None:
 
 
 def _write(
-    module: torch.nn.Module, state: dict[str, torch.Tensor], tokenizer: Any, path: Path, origin: Mapping[str, Any]
+    module: torch.nn.Module,
+    state: dict[str, torch.Tensor],
+    tokenizer: Any,
+    path: Path,
+    origin: Mapping[str, Any],
+    save: Save,
 ) -> None:
-    persistent = set(module.state_dict().keys())
-    state |= {name: buffer.detach().cpu() for name, buffer in module.named_buffers() if name in persistent}
+    state |= {name: buffer.detach().cpu() for name, buffer in persistent_buffers(module).items()}
     partial, old = path.with_name(path.name + PARTIAL), path.with_name(path.name + OLD)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    _save(module, state, partial)
+    save(module, state, partial)
     if tokenizer is not None:
         if getattr(tokenizer, "is_fast", False):
             # What the last call cut, which no later user wants cut.
@@ -101,17 +135,85 @@ def _write(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _save(module: Any, state: dict[str, torch.Tensor], folder: Path) -> None:
-    if hasattr(module, "save_pretrained"):
-        from transformers.utils import logging
+def describe(method: Method[Any], request: ModelRequest) -> dict[str, Any]:
+    """What an export says of itself, as JSON values: the method with its options, and the model that it was applied to."""
+    # What may run code is allowed by a command line, never by a file.
+    model = {key: value for key, value in asdict(request).items() if key not in ("allow_pickle", "trust_remote_code")}
+    model |= {"name": method.subject.base or request.name, "family": method.subject.family.name}
+    options = method.options.model_dump(mode="json")
+    return {"method": method.name, "options": options, "precision": method.subject.precision, "model": model}
 
-        shown = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()  # a bar of its own for each file would break into that of the run
-        module.save_pretrained(folder, state_dict=state)
-        if shown:
-            logging.enable_progress_bar()
-        return
-    # Somebody's own encoder that is no transformers model: weights by parameter name.
-    from safetensors.torch import save_file
 
-    save_file({name: value.contiguous() for name, value in state.items()}, folder / "model.safetensors")
+def load_exported(folder: str | Path, *, base: str | None = None, merge: bool = False) -> torch.nn.Module:
+    """A model as a run exported it, whatever its method, in eval mode on the CPU.
+
+    Args:
+        folder: `RUN/model`.
+        base: where the base model of an adapter lies now; by default where it lay in the run.
+        merge: merge what was trained into the base model, and give that: a plain transformers model.
+
+    Raises:
+        UserError: the folder is no export; its base model is not there; or merging was asked for and cannot be.
+    """
+    path = Path(folder).expanduser()
+    content = _description(path)
+    known = content["model"]
+    family = FAMILIES.get(known["family"])
+    wanted = {field.name: known[field.name] for field in fields(ModelRequest) if field.name in known}
+    request = replace(ModelRequest(**wanted), label_names=tuple(known["label_names"]), random_weights=False)
+    subject = Subject(family, request.head, known["name"], content["precision"])
+    method = make_method(content["method"], subject, content["options"])
+    if method.saves_whole:
+        if merge:
+            raise UserError(f"{path}: method '{method.name}' exports a whole model, there is nothing to merge: use it as it is")
+        return load_model(replace(request, name=str(path), overrides={}), family).eval()
+    model = load_model(replace(request, name=base or request.name), family)
+    model = method.merge(model, path) if merge else method.restore(model, path)
+    return model.eval()
+
+
+def merge_exported(folder: str | Path, target: str | Path, *, base: str | None = None) -> None:
+    """Writes an adapter's folder as a plain model that needs no PEFT, with its tokenizer.
+
+    Args:
+        folder: `RUN/model`.
+        target: must not exist yet, or be empty.
+        base: where the base model of the adapter lies now; by default where it lay in the run.
+
+    Raises:
+        UserError: as for `load_exported`; or there is something in the target.
+        WriteError: it cannot be written.
+    """
+    source, path = Path(folder).expanduser(), Path(target).expanduser()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: there is something already; name a folder that does not exist yet")
+    model = load_exported(source, base=base, merge=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        save_whole(model, {name: value.detach() for name, value in model.state_dict().items()}, path)
+        for file in source.iterdir():
+            # Whatever a tokenizer consists of: all that is no part of the adapter.
+            if file.is_file() and file.name not in ADAPTER_FILES:
+                shutil.copy2(file, path / file.name)
+    except (OSError, SafetensorError) as error:
+        raise WriteError(f"the merged model could not be written to {path}: {error}") from error
+
+
+def _description(path: Path) -> dict[str, Any]:
+    """What `describe` said, read from an export.
+
+    Raises:
+        ModelError: the folder is no export, or one of an older release.
+    """
+    file = path / ORIGIN
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and isinstance(content["model"], dict) and content["method"]:
+            return content
+    except FileNotFoundError:
+        inside = path / "model"
+        hint = f"; did you mean {inside}?" if (inside / ORIGIN).exists() else ""
+        raise ModelError(f"{path}: no exported model: there is no {ORIGIN}{hint}") from None
+    except (OSError, ValueError, KeyError, RecursionError) as error:
+        raise ModelError(f"{file}: cannot be read as what an export says of itself ({error})") from error
+    raise ModelError(f"{file}: does not say which method and model were exported")

@@ -12,7 +12,6 @@ import torch
 
 from progscale.engine.base import StepResult
 from progscale.errors import NonFiniteError, PreemptedError
-from progscale.export import export_model
 from progscale.meters import Audit, StageMeter
 from progscale.progress import Progress
 from progscale.schedule import Stage
@@ -63,7 +62,7 @@ def train(session: Session) -> dict[str, Any]:
     s.console.end()
     s.sign("exporting")
     if config.train.save_model == "last":
-        export_model(engine, s.tokenizer, s.model_path, step=progress.step, metrics=progress.metrics)
+        s.export(progress.step, progress.metrics)
     return finish(s, progress)
 
 
@@ -126,7 +125,7 @@ def evaluate(s: Session, progress: Progress, step: int) -> bool:
     if s.is_better(metrics, progress.best):
         progress.best, progress.best_step = metrics, step
         if s.config.train.save_model == "best":
-            export_model(s.engine, s.tokenizer, s.model_path, step=step, metrics=metrics)
+            s.export(step, metrics)
     return True
 
 
@@ -188,6 +187,7 @@ def finish(s: Session, progress: Progress) -> dict[str, Any]:
     stages = [record.to_json() for record in progress.stages]
     summary = {
         "task": s.task.name,
+        "method": s.method.name,
         "schedule": s.config.schedule.name,
         "engine": s.engine.name,
         "world_size": s.engine.world_size,

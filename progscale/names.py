@@ -1,20 +1,27 @@
-"""The names a config may use for registered things, known without importing torch.
+"""The names a config may use for registered things, and the options that go with them, checked without importing torch.
 
-Importing the registries' packages takes seconds; a misspelt name should answer at once. The built-in names stand here once
-more for that reason, and a test holds them equal to the registries. Names of other packages come from their entry points.
+Importing all registries' packages takes seconds; a misspelt name should answer at once. Built-in names whose modules need torch
+stand here once more for that reason, and a test holds them equal to the registries. Names of other packages come from their
+entry points.
 """
 
 from __future__ import annotations
 
 from importlib.metadata import entry_points
 
-from progscale.config.schema import GLUE_TASKS, SQUAD_TASKS, Config
+from pydantic import ValidationError
+
+from progscale.config import Config, Option
+from progscale.config.faults import from_pydantic
+from progscale.config.kinds import type_text
+from progscale.config.schema import GLUE_TASKS, SQUAD_TASKS
 from progscale.errors import Fault, nearest
+from progscale.methods import METHODS
 from progscale.registry import registered
 
 BUILT_IN = {
     "progscale.tasks": ("demo", *GLUE_TASKS, *SQUAD_TASKS, "table"),
-    "progscale.methods": ("full",),
+    "progscale.methods": tuple(METHODS.names()),
     "progscale.schedules": ("custom", "growing", "none", "progtuning", "weighted", "without_low_blocks"),
     "progscale.families": ("bert", "deberta-v2", "distilbert", "electra", "roberta", "xlm-roberta-xl"),
 }
@@ -26,7 +33,10 @@ def known(group: str) -> list[str]:
 
 
 def name_faults(config: Config) -> list[Fault]:
-    """Every name in the config that nothing is registered under; plug-ins are to be imported before."""
+    """Every name in the config that nothing is registered under, and what is wrong with the options of a method.
+
+    Plug-ins are to be imported before.
+    """
     faults = []
     for key, given, group in (
         ("task.name", config.task.name, "progscale.tasks"),
@@ -42,4 +52,44 @@ def name_faults(config: Config) -> list[Fault]:
         allowed = known(group)
         if given not in allowed:
             faults.append(Fault(key, f"'{given}' is unknown; known: {', '.join(allowed)}{nearest(given, allowed)}"))
-    return faults
+    return faults + method_faults(config)
+
+
+def method_faults(config: Config) -> list[Fault]:
+    """Wrong options of the config's method, and what it cannot be combined with; nothing for a method that is not known."""
+    if config.method.name not in METHODS:
+        return []
+    method = METHODS.get(config.method.name)
+    fields = method.Options.model_fields
+    try:
+        options = method.Options.model_validate(config.method.options)
+    except ValidationError as error:
+        faults = []
+        for fault, path in from_pydantic(error, lambda path: "", prefix=("method", "options"), fields=fields):
+            has = f"'{config.method.name}' has {', '.join(fields)}" if fields else f"'{config.method.name}' takes none"
+            hint = "" if path[2] in fields else f"{nearest(path[2], fields)}; {has}"
+            faults.append(Fault(fault.key, fault.message + hint))
+        return faults
+    return method.refusals(options, config)
+
+
+def method_options() -> list[Option]:
+    """The options of all methods, as `describe_schema` lists those of the sections."""
+    found = []
+    for name, method in sorted(METHODS.items()):
+        for key, field in method.Options.model_fields.items():
+            default = field.get_default(call_default_factory=True)
+            found.append(Option(f"method.options.{key} ({name})", type_text(field), default, field.description or ""))
+    return found
+
+
+def with_options(config: Config) -> Config:
+    """The config with the options of its method written out, so that records and comparisons have the defaults too.
+
+    Raises:
+        RegistryError: no such method.
+        pydantic.ValidationError: wrong options.
+    """
+    options = METHODS.get(config.method.name).Options.model_validate(config.method.options)
+    method = config.method.model_copy(update={"options": options.model_dump(mode="json")})
+    return config.model_copy(update={"method": method})

@@ -57,7 +57,7 @@ class StageBuild:
 def build_for(
     stages: Sequence[Stage],
     partition: Partition,
-    method: Method,
+    method: Method[Any],
     *,
     weight_decay: float = 0.0,
     decay_bias_and_norm: bool = False,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from progscale.blocks import Partition, partition
 from progscale.errors import ScheduleError
-from progscale.methods import METHODS, Method, live_parameters
+from progscale.methods import Method, Subject, live_parameters, make_method
 from progscale.models.family import Family, HeadKind, ModelRequest
 from progscale.models.loading import build_meta, find_family
 from progscale.schedule import EmbeddingsPolicy, Stage, build_stages
@@ -164,7 +164,7 @@ class StateBytes:
 def make_plan(
     parts: Partition,
     stages: Sequence[Stage],
-    method: Method,
+    method: Method[Any],
     steps_per_epoch: int,
     *,
     model: str = "",
@@ -226,7 +226,8 @@ def plan_for(
     stages: int | None = None,
     epochs: float | Fraction = 3,
     embeddings: EmbeddingsPolicy = "always",
-    method: Method | str = "full",
+    method: str = "full",
+    method_options: Mapping[str, Any] | None = None,
     num_labels: int = 2,
     head: HeadKind = "sequence_classification",
     overrides: Mapping[str, Any] | None = None,
@@ -245,7 +246,8 @@ def plan_for(
         stages: T; by default the epochs, rounded up.
         epochs: above 0, fractions allowed.
         embeddings: when the embeddings are trained.
-        method: a method, or the name of one that needs no options.
+        method: a registered method.
+        method_options: its own options.
         num_labels: outputs of the classification head.
         head: which head the task needs.
         overrides: entries of the model's config to change.
@@ -268,11 +270,11 @@ def plan_for(
     if count < 1:
         raise ScheduleError(f"schedule.stages: {count}; at least 1 is needed")
     steps_per_epoch = steps_per_epoch or nominal_steps_per_epoch(length, count)
-    trained = METHODS.get(method)() if isinstance(method, str) else method
     request = ModelRequest(
         model_name, head=head, num_labels=num_labels, overrides=overrides or {}, random_weights=True, revision=revision
     )
     found = find_family(request, family, weights=False)
+    trained = make_method(method, Subject(found, head, model_name), method_options)
     with torch.device("meta"):
         model = trained.prepare(build_meta(request, found))
     parts = partition(model, found)

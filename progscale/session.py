@@ -22,9 +22,10 @@ from progscale.config import Config, dump_config
 from progscale.data import GlobalBatch, MicroBatch, TrainLoader, eval_batches
 from progscale.engine.base import Engine, StepResult, Switch
 from progscale.errors import CheckpointError, WriteError
-from progscale.export import exported_origin
+from progscale.export import export_model, exported_origin
 from progscale.learning_rate import LearningRate
 from progscale.meters import MemoryMeter
+from progscale.methods import Method
 from progscale.numbers import encode_numbers
 from progscale.optim import StageBuild
 from progscale.plan import Plan
@@ -45,6 +46,7 @@ class Session:
 
     Attributes:
         padding: the value that fills up each model input, by name.
+        about: what an export says of itself.
         total_steps: optimizer steps of the run.
         steps_per_epoch: optimizer steps of one pass over the training split.
         saver: writes checkpoints.
@@ -64,6 +66,7 @@ class Session:
     splits: Mapping[str, Tokenized]
     loader: TrainLoader
     partition: Partition
+    method: Method[Any]
     builds: tuple[StageBuild, ...]
     plan: Plan
     learning_rate: LearningRate
@@ -75,6 +78,7 @@ class Session:
     steps_per_epoch: int
     saver: Saver
     identity: Mapping[str, Any]
+    about: Mapping[str, Any]
     resumed: Resumed | None = None
     signals: Signals = field(default_factory=Signals)
     watch: Watch | None = None
@@ -305,6 +309,23 @@ class Session:
         if origin is None or self.task.primary_metric not in origin["metrics"]:
             return {}, 0
         return (best, step) if origin["step"] == step else (origin["metrics"], origin["step"])
+
+    def export(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Writes the model as it is after `step` optimizer steps. A collective.
+
+        Raises:
+            WriteError: it cannot be written.
+        """
+        export_model(
+            self.engine,
+            self.tokenizer,
+            self.model_path,
+            step=step,
+            metrics=metrics,
+            save=self.method.save,
+            names=self.method.exported(self.partition),
+            about=self.about,
+        )
 
     def first_block(self, stage: Stage) -> int | dict[str, int]:
         """The stage's lowest live block, by stack where the model has several."""

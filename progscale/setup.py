@@ -25,12 +25,16 @@ from progscale.engine.deepspeed import check_release
 from progscale.engine.launch import check_precision, create_engine, make_accelerator, set_up_cpu
 from progscale.engine.loading import load_module
 from progscale.errors import ConfigError, Fault, FinishedError, ModelError, printable
+from progscale.export import describe
+from progscale.layers import seeded
 from progscale.learning_rate import LearningRate
 from progscale.meters import MemoryMeter
-from progscale.methods import METHODS, Method
+from progscale.methods import Method, Subject, make_method
 from progscale.models.family import Family, ModelRequest
 from progscale.models.loading import build_meta, check_weights, find_family
+from progscale.models.saving import save_whole
 from progscale.models.tokenizers import check_tokenizer, drop_token_types, load_tokenizer
+from progscale.names import method_faults, with_options
 from progscale.optim import AdamW, build_for
 from progscale.plan import Plan, make_plan, render_plan, schedule_options
 from progscale.resume import FOLDER as CHECKPOINTS
@@ -93,6 +97,10 @@ def prepare(
         UserError: config, data, schedule, model or checkpoint do not fit; the run folder has not been touched.
         FinishedError: the run to go on with has ended already.
     """
+    faults = method_faults(config)
+    if faults:
+        raise ConfigError(faults)
+    config = with_options(config)
     set_up_cpu(config.run.threads)
     found = find_inputs(config, permissions)
     if not dry_run:
@@ -103,7 +111,7 @@ def prepare(
     splits, padding = task.tokenize(found.tokenizer, config.train.max_length), pad_values(found.tokenizer)
     loader = make_loader(config, splits["train"], padding, accelerator)
     total_steps = total_steps_of(config, loader.steps_per_epoch)
-    method = METHODS.get(config.method.name)()
+    method = method_of(config, found)
     with torch.device("meta"):
         parts = partition(method.prepare(found.skeleton), family)
     stages = stages_of(config, parts, total_steps)
@@ -148,6 +156,7 @@ def prepare(
         splits=splits,
         loader=loader,
         partition=parts,
+        method=method,
         builds=build_for(stages, parts, method, weight_decay=decay, decay_bias_and_norm=decay_all),
         plan=plan,
         learning_rate=learning_rate_of(config, stages, total_steps),
@@ -164,6 +173,7 @@ def prepare(
             background=config.checkpoint.background,
         ),
         identity=identity,
+        about=describe(method, found.request),
         resumed=resumed,
         signals=signals or Signals(),
     )
@@ -230,13 +240,31 @@ def make_loader(config: Config, split: Tokenized, padding: dict[str, int], accel
     )
 
 
-def make_engine(config: Config, found: Inputs, method: Method, accelerator: Any) -> Engine:
+def method_of(config: Config, found: Inputs) -> Method[Any]:
+    """The config's method, applied to its model."""
+    # Random weights lie nowhere: an adapter would have no base model to be loaded on, so they are written beside it.
+    base = str(base_folder(config)) if found.request.random_weights else found.request.name
+    subject = Subject(found.family, found.request.head, base, config.train.precision)
+    return make_method(config.method.name, subject, config.method.options)
+
+
+def base_folder(config: Config) -> Path:
+    """Where the random weights of a run's base model are kept."""
+    return Path(config.run.output_dir).expanduser().absolute() / config.run_name / "base_model"
+
+
+def make_engine(config: Config, found: Inputs, method: Method[Any], accelerator: Any) -> Engine:
     """The model with its weights, in the engine that the config asks for. A collective."""
     train, optimizer, deepspeed = config.train, config.optimizer, config.engine.deepspeed
     # Every rank needs the same weights, also those of a new head.
     torch.manual_seed(config.run.seed)
     dtype = PARAMETER_DTYPES.get(train.precision, torch.float32)
-    module = method.prepare(load_module(found.request, found.family, deepspeed, dtype=dtype))
+    module = load_module(found.request, found.family, deepspeed, dtype=dtype)
+    if found.request.random_weights and not method.saves_whole:
+        ranks.on_main(lambda: save_base(module, found.tokenizer, base_folder(config)))
+    # What a method adds is the same whatever was drawn before it, under ZeRO-3 too.
+    with seeded(config.run.seed):
+        module = method.prepare(module)
     if train.gradient_checkpointing:
         enable_checkpointing(module)
     module.train()
@@ -247,6 +275,13 @@ def make_engine(config: Config, found: Inputs, method: Method, accelerator: Any)
         micro_batch_size=micro_batch_size(config, int(accelerator.num_processes)),
     )
     return create_engine(module, settings, accelerator, deepspeed)
+
+
+def save_base(module: torch.nn.Module, tokenizer: Any, folder: Path) -> None:
+    """Writes random weights before they are trained on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_whole(module, {name: value.detach() for name, value in module.state_dict().items()}, folder)
+    tokenizer.save_pretrained(folder)
 
 
 def check_metric(config: Config, permissions: Permissions) -> None:

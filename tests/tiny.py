@@ -13,6 +13,9 @@ from transformers import (
     PreTrainedModel,
 )
 
+from progscale.methods import Method, Subject, make_method
+from progscale.models.family import FAMILIES, HeadKind
+
 FAMILY_NAMES = ("bert", "roberta", "xlm-roberta-xl", "electra", "distilbert", "deberta-v2")
 
 _ROBERTA: dict[str, Any] = {"pad_token_id": 1, "max_position_embeddings": 66, "type_vocab_size": 1}
@@ -60,6 +63,11 @@ def tiny_config(family_name: str, *, blocks: int = 4, dropout: float = 0.0, **kw
         size |= {"pooler_dropout": dropout, "cls_dropout": dropout}
         del size["classifier_dropout"]
     return AutoConfig.for_model(family_name, **{**size, **_EXTRA[family_name], **kw})
+
+
+def method_for(family_name: str, name: str = "full", head: HeadKind = "sequence_classification", **options: Any) -> Method[Any]:
+    """A method applied to a family, with its own options."""
+    return make_method(name, Subject(FAMILIES.get(family_name), head), options)
 
 
 def tiny_model(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from progscale.config.kinds import accepts
@@ -14,43 +15,54 @@ from progscale.config.schema import SECTIONS, Config
 from progscale.errors import Fault, nearest
 
 
-def from_pydantic(error: ValidationError, where: Callable[[KeyPath], str]) -> list[tuple[Fault, KeyPath]]:
+def from_pydantic(
+    error: ValidationError,
+    where: Callable[[KeyPath], str],
+    *,
+    prefix: KeyPath = (),
+    fields: Mapping[str, FieldInfo] | None = None,
+) -> list[tuple[Fault, KeyPath]]:
     """One fault for each wrong value, with its path.
 
     Args:
-        error: from validating a whole config.
+        error: from validating a whole config, or options below `prefix`.
         where: gives " (from …)" for a path.
+        prefix: of what was validated.
+        fields: of the options, by name.
     """
+    depth = 2 if fields is None else 1
     grouped: dict[KeyPath, list[ErrorDetails]] = {}
     for details in error.errors():
-        grouped.setdefault(_path(details["loc"]), []).append(details)
-    return [(_fault(path, details, where), path) for path, details in grouped.items()]
+        grouped.setdefault((*prefix, *_path(details["loc"], depth)), []).append(details)
+    return [(_fault(path, details, where, _field(path, prefix, fields)), path) for path, details in grouped.items()]
 
 
-def _path(loc: tuple[int | str, ...]) -> KeyPath:
+def _path(loc: tuple[int | str, ...], depth: int) -> KeyPath:
     """The location without the names of union members that pydantic puts into it."""
-    path = [str(part) for part in loc[:2]]
-    path += [str(part) for part in loc[2:] if isinstance(part, int)]
+    path = [str(part) for part in loc[:depth]]
+    path += [str(part) for part in loc[depth:] if isinstance(part, int)]
     return tuple(path)
 
 
-def _fault(path: KeyPath, details: list[ErrorDetails], where: Callable[[KeyPath], str]) -> Fault:
+def _field(path: KeyPath, prefix: KeyPath, fields: Mapping[str, FieldInfo] | None) -> FieldInfo | None:
+    """The option that a path names; None for what lies inside a list."""
+    if fields is not None:
+        return fields.get(path[-1]) if len(path) == len(prefix) + 1 else None
+    section = SECTIONS.get(path[0])
+    if section is None:
+        return Config.model_fields.get(path[0])
+    return section.model_fields.get(path[1]) if len(path) == 2 else None
+
+
+def _fault(path: KeyPath, details: list[ErrorDetails], where: Callable[[KeyPath], str], field: FieldInfo | None) -> Fault:
     value = details[0]["input"]
     phrases = [_phrase(one) for one in details]
     needs = phrases[0] + "".join(" or " + phrase.removeprefix("must be ") for phrase in phrases[1:])
     if details[0]["type"] == "missing" or details[0]["type"] == "extra_forbidden":
         return Fault(dotted(path), needs)
-    if _nullable(path) and value is not None:
+    if field is not None and "null" in accepts(field) and value is not None:
         needs += ", or null"
     return Fault(dotted(path), f"{show(value)}{where(path)} {needs}{_hint(value, details, where(path))}")
-
-
-def _nullable(path: KeyPath) -> bool:
-    section = SECTIONS.get(path[0])
-    field = Config.model_fields.get(path[0]) if section is None else None
-    if section is not None and len(path) == 2:
-        field = section.model_fields.get(path[1])
-    return field is not None and "null" in accepts(field)
 
 
 def _hint(value: Any, details: list[ErrorDetails], source: str) -> str:

@@ -132,7 +132,13 @@ class Task(Section):
 class Method(Section):
     """What is trained inside a block."""
 
-    name: Text = Field(default="full", description="full (all tensors of a live block), or registered")
+    name: Text = Field(
+        default="full",
+        description="full (all tensors of a live block), adapter, bitfit, lora, qlora, or registered",
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict, description='the method\'s own, e.g. {"rank": 16} for lora; they are listed below'
+    )
 
 
 class Schedule(Section):

@@ -19,6 +19,7 @@ import xxhash
 
 from progscale.engine import ranks
 from progscale.engine.state import MASTER, Shard, Slice, deal, match_shards, move_shard, redistribute, slices_of
+from progscale.layers import quantisation_tensors
 from progscale.optim import AdamW, StageBuild
 
 T = TypeVar("T")
@@ -326,12 +327,10 @@ class Engine(ABC):
 
     @property
     def buffers(self) -> dict[str, torch.Tensor]:
-        """Tensors of the model that are no parameters and belong to its saved state (running statistics)."""
-        found = {}
+        """What else belongs to the model's saved state: running statistics, scales of quantised weights."""
+        found = persistent_buffers(self.module)
         for prefix, child in self.module.named_modules():
-            for key, buffer in child._buffers.items():
-                if buffer is not None and key not in child._non_persistent_buffers_set:
-                    found[f"{prefix}.{key}" if prefix else key] = buffer
+            found |= {f"{prefix}.{key}": tensor for key, tensor in quantisation_tensors(child)}
         return found
 
     # -- talk between ranks ---------------------------------------------------------------------------------------
@@ -437,6 +436,16 @@ class Engine(ABC):
         if self.build is not None:
             self._release()
             self.build = None
+
+
+def persistent_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that `state_dict` holds, by name."""
+    found = {}
+    for prefix, child in module.named_modules():
+        for key, buffer in child._buffers.items():
+            if buffer is not None and key not in child._non_persistent_buffers_set:
+                found[f"{prefix}.{key}" if prefix else key] = buffer
+    return found
 
 
 def digest(tensor: torch.Tensor) -> str:

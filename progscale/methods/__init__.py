@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from progscale.blocks import Partition
-from progscale.methods.base import METHODS, Method, register
+from progscale.methods.base import METHODS, Method, Subject, register
 from progscale.schedule import Stage
 
-__all__ = ["METHODS", "Method", "live_parameters", "register"]
+__all__ = ["METHODS", "Method", "Subject", "live_parameters", "make_method", "register"]
 
 
-def live_parameters(stage: Stage, partition: Partition, method: Method) -> tuple[str, ...]:
+def make_method(name: str, subject: Subject, options: Mapping[str, Any] | None = None) -> Method[Any]:
+    """A registered method, applied to a model.
+
+    Args:
+        name: as registered.
+        subject: what it is applied to.
+        options: its own; what is left out takes its default.
+
+    Raises:
+        RegistryError: unknown method.
+        pydantic.ValidationError: wrong options; `progscale.names` has told the user of them before.
+    """
+    kind = METHODS.get(name)
+    return kind(subject, kind.Options.model_validate(dict(options or {})))
+
+
+def live_parameters(stage: Stage, partition: Partition, method: Method[Any]) -> tuple[str, ...]:
     """Names of the parameters that stage `stage` trains, in the order of the model.
 
     A tied tensor belongs to the embeddings, so the embeddings policy decides about it; the head is always live.

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from progscale.methods.base import register
+from progscale.methods.base import Method, NoOptions, register
 
 if TYPE_CHECKING:
-    import torch
-
     from progscale.blocks import Partition
 
 
 @register("full")
-class Full:
+class Full(Method[NoOptions]):
     """Trains all parameters; the model is left as it is."""
 
     name = "full"
-
-    def prepare(self, model: torch.nn.Module) -> torch.nn.Module:
-        """Returns the model unchanged."""
-        return model
 
     def tensors(self, partition: Partition) -> frozenset[str]:
         """Names of all parameters."""

@@ -15,6 +15,7 @@ from progscale.methods import METHODS
 from progscale.schedule import SCHEDULES
 from tests.harness.cases import ENGINES, VARIANTS, Outcome, global_batch, run
 from tests.harness.pairs import all_pairs, full_product
+from tests.harness.refused import is_allowed
 from tests.harness.worker import TwoRanks
 from tests.tiny import FAMILY_NAMES, tiny_model
 
@@ -27,7 +28,7 @@ FACTORS = {
     "embeddings": ["always", "first_stage", "never"],
     "method": METHODS.names(),
 }
-PAIRS = all_pairs(FACTORS)
+PAIRS = all_pairs(FACTORS, is_allowed)
 # Tensors whose sizes are no multiples of what DeepSpeed aligns to.
 ODD = {"family": "bert", "schedule": "progtuning", "embeddings": "first_stage", "method": "full", "width": 18}
 # Adam divides by the root of a tiny second moment, so a last-bit difference in a gradient near zero grows to some 1e-5
@@ -82,7 +83,7 @@ def test_contracts(two_ranks: TwoRanks, case: dict[str, Any]) -> None:
 
 
 @pytest.mark.product
-@pytest.mark.parametrize("case", full_product(FACTORS), ids=identify)
+@pytest.mark.parametrize("case", full_product(FACTORS, is_allowed), ids=identify)
 def test_contracts_product(two_ranks: TwoRanks, case: dict[str, Any]) -> None:
     check(two_ranks, case)
 

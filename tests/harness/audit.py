@@ -24,7 +24,7 @@ def audited_stage(engine: str, flip_on: int | None, in_switch: bool = False) -> 
     """
     module = tiny_model("bert", blocks=2).train()
     made = make_engine(module, engine)
-    parts, builds = builds_of(module, "progtuning", "first_stage", 2, 4, "full", {})
+    parts, builds = builds_of(module, "progtuning", "first_stage", 2, 4, {})
     train(made, builds[0], module.config.vocab_size)
     frozen = [name for name in parts.parameters if name not in builds[1].live]
     victim = frozen[len(frozen) // 2]

@@ -22,8 +22,9 @@ from progscale.engine.deepspeed import DeepSpeedEngine
 from progscale.engine.launch import create_engine, make_accelerator, set_up_cpu
 from progscale.engine.local import LocalEngine
 from progscale.engine.state import slices_of
+from progscale.layers import seeded
 from progscale.learning_rate import LearningRate
-from progscale.methods import METHODS
+from progscale.methods import Method, Subject, make_method
 from progscale.models.loading import family_of
 from progscale.optim import AdamW, StageBuild, build_for
 from progscale.schedule import build_stages
@@ -160,14 +161,21 @@ def make_engine(module: torch.nn.Module, engine: str, **settings: Any) -> Engine
 
 
 def builds_of(
-    module: torch.nn.Module, schedule: str, embeddings: str, stages: int, steps: int, method: str, options: dict[str, Any]
+    module: torch.nn.Module,
+    schedule: str,
+    embeddings: str,
+    stages: int,
+    steps: int,
+    options: dict[str, Any],
+    method: Method[Any] | None = None,
 ) -> tuple[Any, tuple[StageBuild, ...]]:
     """Partition and stage builds of a tiny run."""
     parts = partition(module, family_of(module))
+    method = method or make_method("full", Subject(family_of(module)))
     plan = build_stages(
         schedule, num_blocks=parts.num_blocks, stages=stages, total_steps=steps, embeddings=embeddings, options=options
     )
-    return parts, build_for(plan, parts, METHODS.get(method)(), weight_decay=0.01)
+    return parts, build_for(plan, parts, method, weight_decay=0.01)
 
 
 def masters(engine: Engine) -> dict[str, torch.Tensor]:
@@ -213,6 +221,7 @@ def run(
     toggle: bool = False,
     curve: str = "linear",
     options: dict[str, Any] | None = None,
+    method_options: dict[str, Any] | None = None,
     poison: Sequence[tuple[int, int]] = (),
     poison_gradient: Sequence[tuple[int, int]] = (),
 ) -> Outcome:
@@ -226,12 +235,14 @@ def run(
         poison_gradient: (step, rank) whose loss stays finite, and whose gradient becomes infinite.
     """
     module = tiny_model(family, blocks=blocks, **({} if width == 16 else {"hidden_size": width}))
+    trained = make_method(method, Subject(family_of(module), precision=precision), method_options)
+    with seeded(0):
+        module = trained.prepare(module)
     if checkpointing:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     module.train()
     made = make_engine(module, engine, precision=precision)
-    options = dict(options or {})
-    parts, builds = builds_of(module, schedule, embeddings, stages, steps, method, options)
+    parts, builds = builds_of(module, schedule, embeddings, stages, steps, dict(options or {}), trained)
     curve_of = LearningRate(1e-3, curve, steps, warmup_steps=1, final_fraction=0.1)  # type: ignore[arg-type]
     config: PreTrainedConfig = module.config
     outcome = Outcome()
@@ -280,7 +291,7 @@ def loss_scales(engine: str) -> list[tuple[bool, float]]:
     module = tiny_model("bert", blocks=4)
     module.train()
     made = make_engine(module, engine, precision="fp16")
-    _, builds = builds_of(module, "progtuning", "always", 3, 6, "full", {})
+    _, builds = builds_of(module, "progtuning", "always", 3, 6, {})
     config: PreTrainedConfig = module.config
 
     found = []
@@ -307,7 +318,7 @@ def overflow_at_the_lowest_scale(engine: str) -> tuple[str | None, bool, bool]:
     module = tiny_model("bert", blocks=2)
     module.train()
     made = make_engine(module, engine, precision="fp16")
-    _, builds = builds_of(module, "none", "always", 1, 1, "full", {})
+    _, builds = builds_of(module, "none", "always", 1, 1, {})
     made.begin_stage(builds[0])
     if isinstance(made, DeepSpeedEngine):
         made._zero().loss_scaler.cur_scale = made._zero().loss_scaler.min_scale

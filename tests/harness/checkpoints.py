@@ -51,7 +51,7 @@ def make(
     embeddings = "first_stage" if schedule == "progtuning" else "always"
     dropout = settings.pop("dropout", 0.1)
     module = tiny_model("bert", blocks=BLOCKS, seed=seed, dropout=dropout).train()
-    _, builds = builds_of(module, schedule, embeddings, STAGES, STEPS, "full", options)
+    _, builds = builds_of(module, schedule, embeddings, STAGES, STEPS, options)
     return make_engine(module, engine, **settings), builds
 
 

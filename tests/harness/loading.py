@@ -44,7 +44,7 @@ def train(path: str, checkpointing: bool = False) -> tuple[list[float], dict[str
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     module.train()
     made = make_engine(module, "zero3")
-    _, builds = builds_of(module, "progtuning", "first_stage", 2, 4, "full", {})
+    _, builds = builds_of(module, "progtuning", "first_stage", 2, 4, {})
     curve, losses = LearningRate(1e-3, "linear", 4, warmup_steps=1, final_fraction=0.1), []
     for build in builds:
         made.begin_stage(build)

@@ -58,7 +58,7 @@ def carry(
 ) -> Moved:
     """Trains the first of two stages with engine `first`, carries the state into `second`, and trains the other stage."""
     module = tiny_model(family, blocks=blocks).train()
-    _, builds = builds_of(module, schedule, "always", 2, steps, "full", {})
+    _, builds = builds_of(module, schedule, "always", 2, steps, {})
     curve = LearningRate(1e-3, "linear", steps, warmup_steps=1, final_fraction=0.1)
     vocabulary = module.config.vocab_size
     moved = Moved()
@@ -157,7 +157,7 @@ def many_stages(engine: str, count: int = 20) -> Leftovers:
     module = tiny_model("bert", blocks=4).train()
     hooks, attributes = hooks_of(module), attributes_of(module)
     made = make_engine(module, engine)
-    _, builds = builds_of(module, "progtuning", "first_stage", 4, 4, "full", {})
+    _, builds = builds_of(module, "progtuning", "first_stage", 4, 4, {})
     losses, held = [], []
     for index in range(count):
         build = builds[index % len(builds)]
@@ -187,7 +187,7 @@ def regime(engine: str, precision: str, schedule: str, force: bool = False, step
     """Three stages of two steps; with `force` every boundary rebuilds the engine."""
     module = tiny_model("bert", blocks=blocks).train()
     made = make_engine(module, engine, precision=precision)
-    parts, builds = builds_of(module, schedule, "always", 3, steps, "full", {})
+    parts, builds = builds_of(module, schedule, "always", 3, steps, {})
     found = Regime([], [], {}, {}, [], [], [])
     for build in builds:
         found.carried.append(made.begin_stage(build, force=force).carried)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations, product
 from typing import Any
 
+Allowed = Callable[[Mapping[str, Any]], bool]
 
-def all_pairs(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Cases that cover each pair of values of any two factors at least once; deterministic.
+
+def all_pairs(factors: Mapping[str, Sequence[Any]], allowed: Allowed = lambda case: True) -> list[dict[str, Any]]:
+    """Cases that cover each allowed pair of values of any two factors at least once; deterministic.
 
     Greedy: each case begins with a pair that is still missing and takes, factor by factor, the value that covers most.
+
+    Args:
+        factors: name → values.
+        allowed: whether values of some of the factors go together; what it refuses is in no case.
     """
     names = list(factors)
     missing = {((a, va), (b, vb)) for a, b in combinations(names, 2) for va, vb in product(factors[a], factors[b])}
+    missing = {pair for pair in missing if allowed(dict(pair))}
     cases = []
     order = {((a, va), (b, vb)): i for i, ((a, va), (b, vb)) in enumerate(sorted(missing, key=str))}
     while missing:
@@ -21,15 +28,17 @@ def all_pairs(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
         case = {a: va, b: vb}
         for name in names:
             if name not in case:
-                case[name] = max(factors[name], key=lambda value: len(_covered({**case, name: value}, names) & missing))
+                fitting = [value for value in factors[name] if allowed({**case, name: value})]
+                case[name] = max(fitting, key=lambda value: len(_covered({**case, name: value}, names) & missing))
         missing -= _covered(case, names)
         cases.append({name: case[name] for name in names})
     return cases
 
 
-def full_product(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Every combination."""
-    return [dict(zip(factors, values, strict=True)) for values in product(*factors.values())]
+def full_product(factors: Mapping[str, Sequence[Any]], allowed: Allowed = lambda case: True) -> list[dict[str, Any]]:
+    """Every combination that is allowed."""
+    every = (dict(zip(factors, values, strict=True)) for values in product(*factors.values()))
+    return [case for case in every if allowed(case)]
 
 
 def _covered(case: Mapping[str, Any], names: Sequence[str]) -> set[Any]:

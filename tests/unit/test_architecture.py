@@ -14,8 +14,8 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "progscale"
 # From what stands alone to what holds all together; each may import those before it.
 ORDER = [
-    *("errors", "numbers", "registry", "config", "schedule", "names"),
-    *("blocks", "models", "methods", "plan", "paper"),
+    *("errors", "numbers", "registry", "config", "schedule"),
+    *("blocks", "models", "layers", "methods", "names", "plan", "paper"),
     *("launcher", "signals", "learning_rate", "optim", "engine"),
     *("tasks", "data"),
     *("checkpoint", "resume", "verify", "watch"),

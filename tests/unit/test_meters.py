@@ -22,7 +22,7 @@ def stage_record(skip: tuple[int, ...] = ()) -> tuple[dict, int]:
     """The record of the second of two stages (three steps), and its live elements."""
     module = tiny_model("bert", blocks=2).train()
     engine = make_engine(module, "plain")
-    parts, builds = builds_of(module, "progtuning", "never", 2, 6, "full", {})
+    parts, builds = builds_of(module, "progtuning", "never", 2, 6, {})
     engine.begin_stage(builds[0])
     engine.train_step(share(0, ROWS, 101, 0, 1, 3), ROWS, row_loss, 1e-3)
     audit = Audit(engine, builds[1])
@@ -97,7 +97,7 @@ def test_minus_zero_is_a_change() -> None:
 def test_a_changed_tensor_stops_the_run() -> None:
     module = tiny_model("bert", blocks=2)
     engine = make_engine(module, "plain")
-    parts, builds = builds_of(module, "progtuning", "never", 2, 4, "full", {})
+    parts, builds = builds_of(module, "progtuning", "never", 2, 4, {})
     engine.begin_stage(builds[1])
     sizes = {name: info.numel for name, info in parts.parameters.items()}
     audit = Audit(engine, builds[1])

@@ -13,15 +13,14 @@ from rich.console import Console
 
 from progscale.blocks import partition
 from progscale.errors import ModelError, ScheduleError
-from progscale.methods import METHODS
 from progscale.models.family import FAMILIES
 from progscale.paper import ROWS
 from progscale.plan import compute_share, make_plan, nominal_steps_per_epoch, plan_for, render_plan, state_bytes
 from progscale.schedule import build_stages
-from tests.tiny import tiny_model
+from tests.tiny import method_for, tiny_model
 
 PARTS = partition(tiny_model("bert"), FAMILIES.get("bert"))
-FULL = METHODS.get("full")()
+FULL = method_for("bert")
 
 
 def millions(value: Fraction) -> float:
@@ -130,7 +129,7 @@ def test_ideal_compute_of_full_fine_tuning(epochs: int, stages: int, always: flo
 
 @pytest.mark.parametrize(("task_epochs", "plain", "cached"), [(8, 0.79, 0.635), (10, 0.79, 0.625), (30, 0.775, 0.565)])
 def test_ideal_compute_of_peft(task_epochs: int, plain: float, cached: float) -> None:
-    row = next(row for row in ROWS if row.epochs == task_epochs and row.method().name in ("bitfit", "lora"))
+    row = next(row for row in ROWS if row.epochs == task_epochs and row.method in ("bitfit", "lora"))
     assert compute_share(row.plan()) == pytest.approx(plain, abs=5e-3)
     assert compute_share(row.plan(), cache=True) == pytest.approx(cached, abs=5e-3)
 

@@ -1,0 +1,132 @@
+"""QLoRA: LoRA beside blocks whose linear layers are kept in four bits, by bitsandbytes; on the CPU too.
+
+Source: Dettmers et al., QLoRA (arXiv 2305.14314).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from progscale.blocks import block_modules
+from progscale.config import Config
+from progscale.errors import Fault, ModelError
+from progscale.methods.base import register
+from progscale.methods.lora import LoraOptions, LowRank, is_linear
+
+if TYPE_CHECKING:
+    import torch
+
+QUANTISATION = "quantization_config.json"
+
+
+class QLoraOptions(LoraOptions):
+    """Options of `qlora`: those of `lora`, and how the frozen layers are kept."""
+
+    quant_type: Literal["nf4", "fp4"] = Field(default="nf4", description="the four-bit data type")
+    double_quant: bool = Field(default=True, description="quantise the blocks' scales too (0.4 bits a parameter less)")
+
+
+@register("qlora")
+class QLora(LowRank):
+    """LoRA over blocks in four bits; embeddings, norms and head keep their precision."""
+
+    name = "qlora"
+    Options = QLoraOptions
+    options: QLoraOptions
+
+    @classmethod
+    def refusals(cls, options: Any, config: Config) -> list[Fault]:
+        """ZeRO-3, and PiSSA, whose rest would be quantised."""
+        faults = []
+        zero = (config.engine.deepspeed or {}).get("zero_optimization", {})
+        if zero.get("stage") == 3:
+            faults.append(
+                Fault(
+                    "method.name",
+                    "'qlora' and ZeRO-3 do not go together: a weight is quantised whole, and ZeRO-3 keeps a part of it on each "
+                    "rank; take ZeRO-2 (the frozen blocks need half a byte a parameter), or 'lora' with ZeRO-3",
+                )
+            )
+        if options.init.startswith("pissa"):
+            faults.append(
+                Fault(
+                    "method.options.init",
+                    f"'{options.init}' changes the frozen weights before they are quantised, so what is trained would fit no "
+                    f"quantised base model; take 'default', 'gaussian' or 'orthogonal', or method 'lora'",
+                )
+            )
+        return faults
+
+    def prepare(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Quantises the blocks' linear layers, and wraps the model by PEFT. A model on the meta device keeps its plain layers.
+
+        Raises:
+            ModelError: a block has linear layers that bitsandbytes cannot hold.
+        """
+        if not next(model.parameters()).is_meta:
+            self._quantise(model)
+        return super().prepare(model)
+
+    def _quantise(self, model: torch.nn.Module) -> None:
+        import torch
+
+        from progscale.layers import quantise
+
+        precision = self.subject.precision
+        compute = torch.bfloat16 if precision.startswith("bf16") else {"fp16": torch.float16}.get(precision, torch.float32)
+        quantise(model, self._paths(model), quant_type=self.options.quant_type, double=self.options.double_quant, compute=compute)
+
+    def _paths(self, model: torch.nn.Module) -> list[str]:
+        import torch
+
+        paths = []
+        for blocks in block_modules(model, self.subject.family).values():
+            for path, block in blocks.items():
+                for name, module in block.named_modules():
+                    if is_linear(module) and not isinstance(module, torch.nn.Linear):
+                        raise ModelError(
+                            f"method 'qlora': '{path}.{name}' is a {type(module).__name__}, which is not "
+                            f"quantised here; take 'lora'"
+                        )
+                    if isinstance(module, torch.nn.Linear):
+                        paths.append(f"{path}.{name}")
+        return paths
+
+    def save(self, model: Any, state: Mapping[str, torch.Tensor], folder: Path) -> None:
+        """As LoRA, and how the base model is to be loaded beside it: `BitsAndBytesConfig(**json)` of transformers."""
+        import torch
+
+        super().save(model, state, folder)
+        quantised = {f"{path}." for blocks in block_modules(model, self.subject.family).values() for path in blocks}
+        left = [
+            path.removeprefix("base_model.model.")
+            for path, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and not path.startswith(tuple(quantised)) and ".modules_to_save" not in path
+        ]
+        config = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": self.options.quant_type,
+            "bnb_4bit_use_double_quant": self.options.double_quant,
+            "bnb_4bit_compute_dtype": "bfloat16" if self.subject.precision.startswith("bf16") else "float32",
+            # What transformers would quantise and was not: linear layers outside of the blocks.
+            "llm_int8_skip_modules": sorted(path.removesuffix(".original_module") for path in left),
+        }
+        (folder / QUANTISATION).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    def restore(self, model: torch.nn.Module, folder: Path) -> torch.nn.Module:
+        """PEFT's own loading, onto the quantised base model."""
+        self._quantise(model)
+        return super().restore(model, folder)
+
+    def merge(self, model: torch.nn.Module, folder: Path) -> torch.nn.Module:
+        """The updates added to the values that the quantised layers compute with: what was trained, in full precision."""
+        from progscale.layers import dequantise
+
+        self._quantise(model)
+        dequantise(model)
+        return super().merge(model, folder)

@@ -1,0 +1,62 @@
+"""A whole model into a folder that `from_pretrained` reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from progscale.errors import ModelError, nearest
+from progscale.models.weights import SINGLE
+
+if TYPE_CHECKING:
+    import torch
+
+
+def save_whole(model: Any, state: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Writes weights and config of a model.
+
+    Args:
+        model: whose structure and config count; one that is no transformers model is saved as weights by parameter name.
+        state: all parameters and persistent buffers, whole, on the CPU.
+        folder: exists.
+
+    Raises:
+        OSError, SafetensorError: it cannot be written.
+    """
+    if hasattr(model, "save_pretrained"):
+        from transformers.utils import logging
+
+        shown = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()  # a bar of its own for each file would break into that of the run
+        model.save_pretrained(folder, state_dict=dict(state))
+        if shown:
+            logging.enable_progress_bar()
+        return
+    save_tensors(state, folder / SINGLE)
+
+
+def save_tensors(state: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Writes tensors by name as safetensors."""
+    from safetensors.torch import save_file
+
+    save_file({name: value.contiguous() for name, value in state.items()}, file, metadata={"format": "pt"})
+
+
+def fill_parameters(model: torch.nn.Module, file: Path) -> None:
+    """Gives parameters of a model the tensors of a safetensors file, by name.
+
+    Raises:
+        ModelError: the file has a tensor that the model has not, or has in another shape.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in load_file(file).items():
+            if name not in parameters:
+                raise ModelError(f"{file}: '{name}' is no parameter of this {type(model).__name__}{nearest(name, parameters)}")
+            if parameters[name].shape != value.shape:
+                raise ModelError(f"{file}: '{name}' has shape {tuple(value.shape)}, the model's {tuple(parameters[name].shape)}")
+            parameters[name].copy_(value)
