@@ -32,6 +32,8 @@ TASK_TYPES = {
 # PiSSA takes its first matrices out of the weights that it leaves frozen; what they were is needed to export a plain LoRA.
 FIRST_A, FIRST_B = "first_lora_A", "first_lora_B"
 NAME = "default"
+# What PEFT puts beside a layer.
+PEFT_MODULES = ("base_layer", "lora_dropout", "lora_A", "lora_B", "lora_magnitude_vector")
 
 
 class LoraOptions(Section):
@@ -140,6 +142,13 @@ class LowRank(Method[LoraOptions]):
             while parts.base.startswith(".".join(components[:depth]) + "."):
                 depth += 1
             found[".".join(components[:depth])] = None
+        for path in (*(path for path, _ in model.named_modules()), *PEFT_MODULES):
+            taken = [head for head in found if path.endswith(head) and path not in found]
+            if taken:
+                raise ModelError(
+                    f"method '{self.name}': the head of this {type(model).__name__} lies in '{taken[0]}', and PEFT, which "
+                    f"looks at the end of names, would take '{path}' for it too; give the module another name"
+                )
         return sorted(found)
 
     def tensors(self, partition: Partition) -> frozenset[str]:
