@@ -1,4 +1,4 @@
-"""The command `progscale`: plan and train. Nothing heavy is imported before a command's own work begins."""
+"""The command `progscale`: plan, train, merge. Nothing heavy is imported before a command's own work begins."""
 
 from __future__ import annotations
 
@@ -105,9 +105,33 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--format", choices=["table", "json"], default="table", help="output format")
     doctor.add_argument("--trust-remote-code", action="store_true", help="run Python code from the model's repository")
     doctor.set_defaults(run=run_doctor)
+    merge = commands.add_parser(
+        "merge",
+        help="turn an exported adapter into a plain model that needs neither PEFT nor progscale",
+        description="Merges what lora or qlora trained into the base model, and writes a plain transformers model with its tokenizer. "
+        "With qlora it is the base model as it was computed with, in full precision.",
+        epilog="examples:\n  progscale merge runs/mrpc-progtuning-42/model merged\n"
+        "  progscale merge runs/mrpc-progtuning-42/model merged --base /models/roberta-base",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    merge.add_argument("folder", metavar="MODEL", help="the folder 'model' of a run")
+    merge.add_argument("target", metavar="TARGET", help="folder to write; must not exist yet, or be empty")
+    merge.add_argument("--base", metavar="NAME", help="hub id or folder of the base model; default: where it lay in the run")
+    merge.set_defaults(run=run_merge)
     checkpoint = commands.add_parser("checkpoint", help="look into saved states", allow_abbrev=False)
     add_checkpoint_commands(checkpoint)
     return parser
+
+
+def run_merge(options: argparse.Namespace) -> int:
+    """The command `merge`."""
+    quiet_libraries()
+    from progscale.export import merge_exported
+
+    merge_exported(options.folder, options.target, base=options.base)
+    print(f"merged into {options.target}")
+    return 0
 
 
 def add_checkpoint_commands(parser: argparse.ArgumentParser) -> None:

@@ -497,3 +497,7 @@ def enable_checkpointing(module: Any) -> None:
             f"train.gradient_checkpointing: {type(module).__name__} has no gradient_checkpointing_enable; set it to false"
         )
     module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if hasattr(module, "disable_input_require_grads"):
+        # Transformers makes the embeddings' output require a gradient, for the reentrant kind: every frozen block would be
+        # computed again, and the backward pass would run through it.
+        module.disable_input_require_grads()

@@ -13,11 +13,13 @@ import torch
 
 from progscale.checkpoint.reader import index, open_checkpoint
 from progscale.checkpoint.store import Store
+from progscale.methods import METHODS
 from progscale.schedule import SCHEDULES
 from tests.contract.test_contracts import OPTIONS
 from tests.harness import checkpoints
 from tests.harness.cases import ENGINES
 from tests.harness.checkpoints import STEPS, Trained
+from tests.harness.refused import by_engine
 from tests.harness.worker import TwoRanks
 
 # Stages begin at 0, 2 and 4: in the middle of each, exactly on each boundary, and at the very end.
@@ -113,6 +115,27 @@ def stopped(runs: Runs, engine: str, schedule: str, steps: list[int]) -> None:
     assert len(whole.losses) == STEPS
     for step in steps:
         same_bits(runs.rest(engine, schedule, step, **settings), whole, step)
+
+
+METHOD_CASES = [
+    (engine, method) for engine in ENGINES for method in METHODS.names() if method != "full" and by_engine(method, engine) is None
+]
+
+
+@pytest.mark.parametrize(("engine", "method"), METHOD_CASES)
+def test_a_method_is_stopped(runs: Runs, engine: str, method: str) -> None:
+    """All that it added and quantised is in the checkpoint, frozen or not: the model that goes on begins with other weights."""
+    whole = runs.whole(engine, "progtuning", method=method)
+    for step in (2, 3):
+        same_bits(runs.rest(engine, "progtuning", step, method=method), whole, step)
+
+
+@pytest.mark.parametrize(("saved_by", "engine"), [("zero2", "ddp"), ("ddp", "zero3"), ("zero3", "plain"), ("plain", "zero1")])
+@pytest.mark.parametrize("options", [{"init": "pissa", "rank": 4}, {"dora": True}], ids=str)
+def test_a_method_goes_on_in_another_engine(runs: Runs, saved_by: str, engine: str, options: dict[str, Any]) -> None:
+    settings: dict[str, Any] = {"method": "lora", "method_options": options, "dropout": 0.0}
+    whole = runs.whole(saved_by, "progtuning", **settings)
+    near(runs.rest(engine, "progtuning", 3, saved_by=saved_by, **settings), whole, 3)
 
 
 @pytest.mark.parametrize(("saved_by", "engine"), PAIRS)

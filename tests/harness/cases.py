@@ -28,6 +28,7 @@ from progscale.methods import Method, Subject, make_method
 from progscale.models.loading import family_of
 from progscale.optim import AdamW, StageBuild, build_for
 from progscale.schedule import build_stages
+from progscale.setup import enable_checkpointing
 from tests.tiny import tiny_model
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -239,7 +240,7 @@ def run(
     with seeded(0):
         module = trained.prepare(module)
     if checkpointing:
-        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(module)
     module.train()
     made = make_engine(module, engine, precision=precision)
     parts, builds = builds_of(module, schedule, embeddings, stages, steps, dict(options or {}), trained)

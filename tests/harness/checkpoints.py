@@ -14,12 +14,13 @@ from progscale.checkpoint.saver import Saver
 from progscale.checkpoint.store import Store
 from progscale.engine.base import Engine, digest
 from progscale.errors import RejectedError
+from progscale.layers import seeded
 from progscale.learning_rate import LearningRate
 from progscale.loop import seed_step
 from progscale.optim import StageBuild
 from tests.harness.cases import builds_of, make_engine, row_loss, share
 from tests.harness.moves import everywhere, steps_by_name
-from tests.tiny import tiny_model
+from tests.tiny import method_for, tiny_model
 
 STAGES, STEPS, BLOCKS, ROWS, MICRO = 3, 6, 4, 8, 4
 
@@ -45,13 +46,21 @@ class Trained:
 
 
 def make(
-    engine: str, schedule: str, options: dict[str, Any], seed: int, **settings: Any
+    engine: str,
+    schedule: str,
+    options: dict[str, Any],
+    seed: int,
+    method: str = "full",
+    method_options: dict[str, Any] | None = None,
+    **settings: Any,
 ) -> tuple[Engine, tuple[StageBuild, ...]]:
     """A tiny model with dropout in an engine, and the builds of its stages."""
     embeddings = "first_stage" if schedule == "progtuning" else "always"
     dropout = settings.pop("dropout", 0.1)
-    module = tiny_model("bert", blocks=BLOCKS, seed=seed, dropout=dropout).train()
-    _, builds = builds_of(module, schedule, embeddings, STAGES, STEPS, options)
+    trained = method_for("bert", method, **(method_options or {}))
+    with seeded(seed):
+        module = trained.prepare(tiny_model("bert", blocks=BLOCKS, seed=seed, dropout=dropout)).train()
+    _, builds = builds_of(module, schedule, embeddings, STAGES, STEPS, options, trained)
     return make_engine(module, engine, **settings), builds
 
 
