@@ -108,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     merge = commands.add_parser(
         "merge",
         help="turn an exported adapter into a plain model that needs neither PEFT nor progscale",
-        description="Merges what lora or qlora trained into the base model, and writes a plain transformers model with its tokenizer. "
+        description="Merges what lora or qlora trained into the base model, and writes a plain model with its tokenizer. "
         "With qlora it is the base model as it was computed with, in full precision.",
         epilog="examples:\n  progscale merge runs/mrpc-progtuning-42/model merged\n"
         "  progscale merge runs/mrpc-progtuning-42/model merged --base /models/roberta-base",

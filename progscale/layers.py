@@ -113,7 +113,8 @@ def dequantise(model: nn.Module) -> None:
 
 def quantisation_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of what a quantised weight needs beside its codes; neither parameters nor buffers of the module."""
-    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    # Of the module itself: PEFT's layers show the weight of the layer that they wrap as their own.
+    state = getattr(module._parameters.get("weight"), "quant_state", None)
     for prefix, part in (("quant", state), ("quant.nested", getattr(state, "state2", None))):
         for key in ("absmax", "offset"):
             tensor = getattr(part, key, None)

@@ -95,7 +95,6 @@ class LowRank(Method[LoraOptions]):
             use_dora=options.dora,
             init_lora_weights=True if first == "default" else first,
             fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers),
-            base_model_name_or_path=self.subject.base,
         )
 
     def _targets(self, model: torch.nn.Module) -> list[str]:
@@ -175,6 +174,8 @@ class LowRank(Method[LoraOptions]):
             config.r *= 2
             config.lora_alpha *= 2**0.5 if config.use_rslora else 2
         config.init_lora_weights = True
+        # PEFT takes it from the model, which does not know where the run found it.
+        config.base_model_name_or_path = self.subject.base
         config.task_type = TASK_TYPES[self.subject.head]
         config.inference_mode = True
         config.save_pretrained(str(folder))
