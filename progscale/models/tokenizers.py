@@ -20,7 +20,7 @@ _VOCABULARIES = (
     "tokenizer.model",
 )
 # These compute positions from where padding is, so the two pad ids must agree.
-_POSITIONS_FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl")
+_POSITIONS_FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "longformer", "mpnet")
 
 
 def load_tokenizer(
