@@ -13,10 +13,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-FAMILY_NAMES = (
+ENCODERS = (
     *("bert", "roberta", "xlm-roberta-xl", "electra", "distilbert", "deberta-v2"),
     *("modernbert", "mpnet", "longformer", "big_bird", "deberta", "ernie"),
 )
+FAMILY_NAMES = ENCODERS
 # One block stands for many layers: no schedule in stages is allowed.
 SHARED_BLOCKS = ("albert",)
 

@@ -50,7 +50,7 @@ def make(
     """A tiny model with dropout in an engine, and the builds of its stages."""
     embeddings = "first_stage" if schedule == "progtuning" else "always"
     dropout = settings.pop("dropout", 0.1)
-    module = tiny_model("bert", blocks=BLOCKS, seed=seed, dropout=dropout).train()
+    module = tiny_model(settings.pop("family", "bert"), blocks=BLOCKS, seed=seed, dropout=dropout).train()
     _, builds = builds_of(module, schedule, embeddings, STAGES, STEPS, "full", options)
     return make_engine(module, engine, **settings), builds
 

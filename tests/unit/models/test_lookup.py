@@ -8,10 +8,10 @@ from transformers import AutoConfig
 
 from progscale.errors import ModelError, RegistryError
 from progscale.models import family_of
-from tests.tiny import FAMILY_NAMES, tiny_config, tiny_model
+from tests.tiny import FAMILY_NAMES, SHARED_BLOCKS, tiny_config, tiny_model
 
 
-@pytest.mark.parametrize("name", FAMILY_NAMES)
+@pytest.mark.parametrize("name", [*FAMILY_NAMES, *SHARED_BLOCKS])
 def test_models_and_configs_find_their_family(name: str) -> None:
     assert family_of(tiny_model(name)).name == name
     assert family_of(tiny_config(name)).name == name
