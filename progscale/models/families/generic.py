@@ -2,15 +2,16 @@
 
 The blocks are the outermost ModuleList below the base model whose modules are of one class with parameters of the same names
 and shapes, as many as the config's `num_hidden_layers` where it says so. In the base model, what is registered before the
-list on its path is embeddings, what is registered after it is head; but an `nn.Embedding` is a table and belongs to the
-embeddings wherever it stands. It never has a family's care: a module that is registered after the blocks and used before
-them is trained always. Which projections and sublayers a method is to change cannot be known.
+list on its path is embeddings, what is registered after it is head. Wherever it stands, an `nn.Embedding` is a table and
+belongs to the embeddings, and what is called `pooler` or `final_…` belongs to the head. It never has a family's care: a
+module of another name that is registered after the blocks and used before them is trained always. Which projections and
+sublayers a method is to change cannot be known.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from progscale.blocks import true_shape, unwrapped
 from progscale.errors import ModelError
@@ -19,6 +20,10 @@ from progscale.models.lookup import how_to_register
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+# Modules that some models (OPT, NomicBERT) register before the blocks and use behind them.
+_HEAD = ("pooler", "final_")
 
 
 def infer(model: nn.Module) -> Places:
@@ -87,30 +92,35 @@ def _around(base: nn.Module, path: str) -> tuple[list[str], list[str]]:
             if name == step:
                 passed = True
                 continue
+            behind = passed or name.startswith(_HEAD)
             for key, owner in child.named_modules(prefix=above + name):
                 own = [f"{key}.{parameter}" for parameter, _ in owner.named_parameters(recurse=False)]
                 whole = len(own) == len(list(owner.parameters()))
-                part = head if passed and not isinstance(owner, nn.Embedding) else embeddings
+                part = head if behind and not isinstance(owner, nn.Embedding) else embeddings
                 part += [key] if own and whole else own
         module, above = module.get_submodule(step), f"{above}{step}."
     return embeddings, head
 
 
-def _ambiguous(model: nn.Module, candidates: dict[str, Any], lists: dict[str, Any]) -> str:
+def _ambiguous(model: nn.Module, candidates: dict[str, nn.ModuleList], lists: dict[str, nn.ModuleList]) -> str:
     """What was found instead of one list of blocks."""
     own = type(model).__name__
     if candidates:
-        found = f"{len(candidates)} ModuleLists of this {own} hold like modules: {', '.join(map(_described, candidates.items()))}"
+        found = f"{len(candidates)} ModuleLists of this {own} hold like modules: {_described(candidates)}"
     elif lists:
-        found = f"no ModuleList of this {own} holds like modules: {', '.join(map(_described, lists.items()))}"
+        found = f"no ModuleList of this {own} holds like modules: {_described(lists)}"
     else:
         found = f"this {own} has no ModuleList below its base model"
     return f"model family 'generic': {found}; it takes models with exactly one.\n{how_to_register(model)}"
 
 
-def _described(entry: tuple[str, nn.ModuleList]) -> str:
-    path, blocks = entry
-    return f"{path} ({len(blocks)} x {', '.join(sorted({type(block).__name__ for block in blocks}))})"
+def _described(lists: dict[str, nn.ModuleList]) -> str:
+    """The first of them by path, length and classes."""
+    first = [
+        f"{path} ({len(blocks)} x {', '.join(sorted({type(block).__name__ for block in blocks}))})"
+        for path, blocks in list(lists.items())[:6]
+    ]
+    return ", ".join(first) + (", …" if len(lists) > 6 else "")
 
 
 register_family(Family(name="generic", model_types=(), base="", embeddings=(), stacks={}, infer=infer))

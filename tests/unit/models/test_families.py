@@ -241,6 +241,7 @@ class Layers(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(4))
         self.tokens = nn.Embedding(11, 4)
+        self.final_norm = nn.LayerNorm(4)
         for name, modules in lists.items():
             setattr(self, name, nn.ModuleList(modules))
         self.after = nn.Sequential(nn.Linear(4, 4), nn.Embedding(3, 4))
@@ -261,7 +262,7 @@ def test_generic_takes_the_outermost_list() -> None:
     found = GENERIC.resolve(Layers(drop=[nn.Dropout(), nn.Dropout()], layers=[Block(), Block()]))
     assert (found.base, found.stacks) == ("", {"blocks": "layers"})
     assert found.embeddings == ("scale", "tokens", "after.1")
-    assert found.head == ("after.0",)
+    assert found.head == ("final_norm", "after.0")
     assert found.resolve(Layers()) is found
     assert found.projections == () and found.sublayers == {}
 

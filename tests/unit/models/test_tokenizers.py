@@ -78,6 +78,8 @@ def test_lengths_that_fit() -> None:
     assert max_tokens(tiny_config("deberta-v2"), family_of(tiny_config("deberta-v2"))) is None
     assert max_tokens(AutoConfig.for_model("roberta", max_position_embeddings=514)) == 512
     assert max_tokens(None) is None
+    # A type without a family of its own: the family that is named says nothing of lengths.
+    assert max_tokens(AutoConfig.for_model("xmod", max_position_embeddings=514), family_of(None, "generic")) == 512
 
 
 def test_a_tokenizer_that_only_has_a_length() -> None:
