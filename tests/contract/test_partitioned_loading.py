@@ -18,7 +18,7 @@ LOAD = "tests.harness.loading:load"
 @pytest.fixture(params=(*FAMILY_NAMES, *SHARED_BLOCKS))
 def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A checkpoint in several files."""
-    tiny_model(request.param, num_labels=2).save_pretrained(tmp_path, max_shard_size="20KB")
+    tiny_model(request.param, num_labels=2).save_pretrained(tmp_path, max_shard_size="10KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     return tmp_path
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,7 +36,8 @@ def test_groups_of_layers_are_blocks(two_ranks: TwoRanks, engine: str) -> None:
 @pytest.mark.parametrize("engine", ["plain", "zero1", "zero2", "zero3"])
 def test_goes_on_as_if_nothing_had_happened(two_ranks: TwoRanks, tmp_path: Path, engine: str) -> None:
     runs = Runs(two_ranks, tmp_path)
-    same_bits(runs.rest(engine, "none", 3, family="albert"), runs.whole(engine, "none", family="albert"), 3)
-    elsewhere = {"family": "albert", "dropout": 0.0}
+    whole = runs.whole(engine, "none", family="albert")
+    same_bits(runs.rest(engine, "none", 3, family="albert"), whole, 3)
+    elsewhere: dict[str, Any] = {"family": "albert", "dropout": 0.0}
     whole = runs.whole(engine, "none", **elsewhere)
     near(runs.rest("plain" if engine != "plain" else "zero2", "none", 3, saved_by=engine, **elsewhere), whole, 3)
