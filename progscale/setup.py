@@ -192,7 +192,7 @@ def find_inputs(config: Config, permissions: Permissions) -> Inputs:
     drop_token_types(tokenizer, model_config)
     check_tokenizer(tokenizer, model_config, config.train.max_length, family)
     if family.check is not None:
-        family.check(request, model_config, tokenizer, config.train.max_length)
+        family.check(request, model_config, tokenizer, config.train)
     if config.train.gradient_checkpointing:
         check_checkpointing(skeleton)
     return Inputs(task, request, family, skeleton, tokenizer)

@@ -11,6 +11,8 @@ from progscale.registry import Registry
 if TYPE_CHECKING:
     import torch
 
+    from progscale.config import Train
+
 HeadKind = Literal["sequence_classification", "question_answering"]
 
 
@@ -84,7 +86,7 @@ class Family:
             self-attention's, then the feed-forward's; dropout included where it is a module); a bottleneck adapter follows each.
         min_tokens: what a config makes of the shortest batch: one of fewer tokens is padded to so many.
         check: refuses with a ModelError what this architecture cannot take, before time is spent: request, the model's
-            config, tokenizer, `train.max_length`.
+            config, tokenizer, section `train` of the run's config.
         shared_blocks: the model applies each of its blocks several times.
         infer: finds base, embeddings, stacks and head of a model that has been built (on the meta device, perhaps), where
             they cannot be said beforehand; the other fields stay as they are.
@@ -102,7 +104,7 @@ class Family:
     projections: tuple[str, ...] = ()
     sublayers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     min_tokens: Callable[[Any], int] | None = None
-    check: Callable[[ModelRequest, Any, Any, int], None] | None = None
+    check: Callable[[ModelRequest, Any, Any, Train], None] | None = None
     shared_blocks: bool = False
     unused: tuple[str, ...] = ()
     infer: Callable[[torch.nn.Module], Places] | None = None

@@ -84,6 +84,17 @@ def test_contracts(two_ranks: TwoRanks, case: dict[str, Any]) -> None:
     check(two_ranks, case)
 
 
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+def test_sparse_attention(two_ranks: TwoRanks, engine: str) -> None:
+    """Batches of 12 tokens, of which each of the middle ones sees seven: the random blocks are the same on every rank."""
+    sparse = {"attention_type": "block_sparse", "block_size": 1, "num_random_blocks": 1}
+    case = {"family": "big_bird", "schedule": "progtuning", "embeddings": "first_stage", "method": "full"}
+    outcome, expected = train(two_ranks, engine, **case, config=sparse), train(None, "plain", **case, config=sparse)
+    one_and_two_processes_agree(outcome, expected)
+    frozen_means_frozen(outcome)
+    assert expected.losses != reference(**case).losses, "attention was full"
+
+
 @pytest.mark.product
 @pytest.mark.parametrize("case", full_product(FACTORS), ids=identify)
 def test_contracts_product(two_ranks: TwoRanks, case: dict[str, Any]) -> None:

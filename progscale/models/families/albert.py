@@ -16,6 +16,7 @@ register_family(
         head=("pooler?",),
         shared_blocks=True,
         projections=("attention.query", "attention.value"),
+        # Every published model has one layer in a group's repetition (`inner_group_num`).
         sublayers={"blocks": ("albert_layers.0.attention.output_dropout", "albert_layers.0.ffn_output")},
     )
 )

@@ -9,6 +9,7 @@ Its model for classification has a pooler that nothing reads.
 
 from typing import Any
 
+from progscale.config import Train
 from progscale.errors import ModelError
 from progscale.models.family import Family, ModelRequest, register_family
 
@@ -20,15 +21,15 @@ def min_tokens(config: Any) -> int:
     return (5 + 2 * int(config.num_random_blocks)) * int(config.block_size) + 1
 
 
-def check(request: ModelRequest, config: Any, tokenizer: Any, max_length: int) -> None:
+def check(request: ModelRequest, config: Any, tokenizer: Any, train: Train) -> None:
     """Refuses sparse attention for texts that are all too short for it.
 
     Raises:
         ModelError: they are.
     """
-    if max_length < min_tokens(config):
+    if train.max_length < min_tokens(config):
         raise ModelError(
-            f"train.max_length: {max_length}; sparse attention over blocks of {config.block_size} tokens needs at least "
+            f"train.max_length: {train.max_length}; sparse attention over blocks of {config.block_size} tokens needs at least "
             f"{min_tokens(config)}; for shorter texts take full attention: model.overrides.attention_type=original_full"
         )
 

@@ -6,12 +6,13 @@ first token for classification, to the question for question answering.
 
 from typing import Any
 
+from progscale.config import Train
 from progscale.errors import ModelError
 from progscale.models.families.roberta import max_tokens
 from progscale.models.family import Family, ModelRequest, register_family
 
 
-def check(request: ModelRequest, config: Any, tokenizer: Any, max_length: int) -> None:
+def check(request: ModelRequest, config: Any, tokenizer: Any, train: Train) -> None:
     """Refuses a tokenizer whose pairs do not have the three separators by which the model finds the end of the question.
 
     Raises:

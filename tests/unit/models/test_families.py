@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from progscale.blocks import partition
+from progscale.config import Train
 from progscale.data import collate, eval_batches
 from progscale.errors import ModelError
 from progscale.models.family import FAMILIES, ModelRequest
@@ -165,10 +166,10 @@ def test_sparse_attention_is_refused_where_every_text_is_too_short() -> None:
     check = FAMILIES.get("big_bird").check
     assert check is not None
     request = ModelRequest("x", head="sequence_classification")
-    check(request, tiny_config("big_bird"), None, 3)
-    check(request, tiny_config("big_bird", **SPARSE), None, 15)
+    check(request, tiny_config("big_bird"), None, Train(max_length=3))
+    check(request, tiny_config("big_bird", **SPARSE), None, Train(max_length=15))
     with pytest.raises(ModelError, match=r"train.max_length: 14; .* at least 15.*model.overrides.attention_type=original_full"):
-        check(request, tiny_config("big_bird", **SPARSE), None, 14)
+        check(request, tiny_config("big_bird", **SPARSE), None, Train(max_length=14))
 
 
 # -- Longformer: the question's end ----------------------------------------------------------------------------------
@@ -182,17 +183,43 @@ def test_a_longformer_for_question_answering_needs_three_separators(pair: list[i
     def tokenizer(first: str, second: str) -> Any:
         return {"input_ids": pair}
 
-    check(ModelRequest("x", head="sequence_classification"), config, tokenizer, 8)
+    check(ModelRequest("x", head="sequence_classification"), config, tokenizer, Train())
     ids = torch.tensor([pair])
     model = tiny_model("longformer", "question_answering")
     if pair.count(2) == 3:
-        check(ModelRequest("x", head="question_answering"), config, tokenizer, 8)
+        check(ModelRequest("x", head="question_answering"), config, tokenizer, Train())
         assert model(input_ids=ids).start_logits.shape == ids.shape
         return
     with pytest.raises(ModelError, match=r"model.tokenizer: it puts 2 separators \(id 2.*needs 3"):
-        check(ModelRequest("x", head="question_answering"), config, tokenizer, 8)
+        check(ModelRequest("x", head="question_answering"), config, tokenizer, Train())
     with pytest.raises(AssertionError, match=r"three separator tokens"):
         model(input_ids=ids)
+
+
+# -- precision ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EVERY_ENCODER)
+def test_computes_under_autocast_or_is_refused(name: str) -> None:
+    check, train = FAMILIES.get(name).check, Train(precision="bf16")
+    tokens = torch.randint(5, 101, (2, 12))
+
+    def compute() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits.float().sum().backward()
+
+    model = tiny_model(name).train()
+    request = ModelRequest("x", head="sequence_classification")
+    if name != "deberta":
+        compute()
+        assert check is None or check(request, model.config, None, train) is None  # type: ignore[func-returns-value]
+        return
+    assert check is not None
+    with pytest.raises(ModelError, match=r"train.precision: 'bf16'; .* take 'fp32'"):
+        check(request, model.config, None, train)
+    with pytest.raises(RuntimeError, match="overflow"):
+        compute()
+    check(request, model.config, None, Train(precision="bf16_params"))
 
 
 # -- generic: the blocks are found ------------------------------------------------------------------------------------
