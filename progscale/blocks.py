@@ -34,6 +34,7 @@ class ParameterInfo:
         stack: the stack of a block parameter, else None.
         block: 0-based index in the stack, else None.
         tied: further names of the same tensor.
+        unused: no loss depends on it, so that it has no gradient and is never trained.
     """
 
     name: str
@@ -42,6 +43,7 @@ class ParameterInfo:
     stack: str | None = None
     block: int | None = None
     tied: tuple[str, ...] = ()
+    unused: bool = False
 
     @property
     def numel(self) -> int:
@@ -120,6 +122,7 @@ def partition(model: torch.nn.Module, family: Family) -> Partition:
         ModelError: a path of the family is not in the model, a parameter of the base model is claimed by no part
             or by two, or two blocks share a tensor.
     """
+    family = family.resolve(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     root = _base_path(modules, family)
     stacks = {stack: _stack_children(modules, family, stack, root + path) for stack, path in family.stacks.items()}
@@ -130,13 +133,16 @@ def partition(model: torch.nn.Module, family: Family) -> Partition:
         tensors[id(tensor)] = tensor
 
     rules: list[_Rule] = [("embeddings", pattern, _compile(pattern)) for pattern in family.embeddings]
-    rules += [("head", pattern, _compile(pattern)) for pattern in family.head]
+    idle: list[_Rule] = [("head", pattern, _compile(pattern)) for pattern in family.unused]
+    rules += [("head", pattern, _compile(pattern)) for pattern in family.head] + idle
     used: set[str] = set()
     parameters = {}
     for key, (first, *tied) in names.items():
         places = [_place(name, root, rules, stacks, family, used) for name in (first, *tied)]
         place = _one_place((first, *tied), places, family)
-        parameters[first] = ParameterInfo(first, _true_shape(tensors[key]), place.part, place.stack, place.block, tuple(tied))
+        unused = first.startswith(root) and any(regex.match(first[len(root) :]) for _, _, regex in idle)
+        shape = true_shape(tensors[key])
+        parameters[first] = ParameterInfo(first, shape, place.part, place.stack, place.block, tuple(tied), unused)
     for part, pattern, _ in rules:
         if pattern not in used and not pattern.endswith("?"):
             raise ModelError(
@@ -153,6 +159,7 @@ def block_modules(model: torch.nn.Module, family: Family) -> dict[str, dict[str,
     Raises:
         ModelError: a stack of the family is not in the model.
     """
+    family = family.resolve(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     root = _base_path(modules, family)
     found = {}
@@ -160,6 +167,12 @@ def block_modules(model: torch.nn.Module, family: Family) -> dict[str, dict[str,
         prefixes = _stack_children(modules, family, stack, root + path)
         found[stack] = {prefix.removesuffix("."): modules[prefix.removesuffix(".")] for prefix in prefixes}
     return found
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The model itself, where PEFT has wrapped it."""
+    modules = dict(model.named_modules())
+    return next(modules[path.rstrip(".")] for path in reversed(_WRAPPERS) if path.rstrip(".") in modules)
 
 
 def _base_path(modules: Mapping[str, torch.nn.Module], family: Family) -> str:
@@ -254,6 +267,7 @@ def _compile(pattern: str) -> re.Pattern[str]:
     return re.compile(r"\.".join(components) + r"(\.|$)")
 
 
-def _true_shape(tensor: torch.nn.Parameter) -> tuple[int, ...]:
+def true_shape(tensor: torch.nn.Parameter) -> tuple[int, ...]:
+    """Of the whole tensor."""
     # Under ZeRO-3 a parameter that is not gathered has shape (0,); DeepSpeed keeps the whole tensor's here.
     return tuple(getattr(tensor, "ds_shape", tensor.shape))

@@ -79,6 +79,7 @@ def split_batch(
     micro_batch_size: int,
     max_tokens: int | None = None,
     multiple_of: int = 1,
+    min_tokens: int = 1,
 ) -> list[list[np.ndarray]]:
     """The rows of a global batch by [micro step][rank].
 
@@ -92,6 +93,7 @@ def split_batch(
         micro_batch_size: rows of a micro-batch at most.
         max_tokens: padded tokens (rows × longest) of a micro-batch at most; a row longer than that stands alone.
         multiple_of: padded lengths are rounded up to a multiple.
+        min_tokens: padded lengths at the least.
     """
     rows = np.asarray(rows)
     lengths = np.asarray(lengths)
@@ -105,7 +107,7 @@ def split_batch(
     else:
         done = 0
         while done < len(rows):
-            width = max(1, -(-int(lengths[rows[done]]) // multiple_of) * multiple_of)
+            width = max(min_tokens, -(-int(lengths[rows[done]]) // multiple_of) * multiple_of)
             fit = max(1, min(micro_batch_size, max_tokens // width))
             sizes.append(min(fit * world_size, len(rows) - done))
             done += sizes[-1]
@@ -187,6 +189,7 @@ def collate(
     pad: Mapping[str, int],
     *,
     multiple_of: int = 1,
+    min_tokens: int = 1,
     weight: float = 1.0,
 ) -> MicroBatch:
     """The given rows as tensors, padded on the right to the longest of them.
@@ -197,11 +200,12 @@ def collate(
         pad: from `pad_values`; an input that is not there is padded with 0.
         multiple_of: round the length up to a multiple (8 suits tensor cores), but not above the split's longest row:
             the model may have no positions beyond.
+        min_tokens: the length at the least.
         weight: 0.0 marks a filler.
     """
     lengths = split.lengths[rows]
     longest = int(lengths.max())
-    width = min(-(-longest // multiple_of) * multiple_of, int(split.lengths.max()))
+    width = max(min_tokens, min(-(-longest // multiple_of) * multiple_of, int(split.lengths.max())))
     inputs = {name: torch.from_numpy(column.padded(rows, width, pad.get(name, 0))) for name, column in split.columns.items()}
     inputs["attention_mask"] = torch.from_numpy((np.arange(width) < lengths[:, None]).astype(np.int64))
     labels = {name: torch.from_numpy(np.asarray(values)[rows]) for name, values in split.labels.items()}
@@ -226,6 +230,7 @@ class TrainLoader:
         num_workers: processes that prepare batches ahead; 0 prepares them in this one.
         pin_memory: put batches into page-locked memory (where there is a GPU).
         multiple_of: round padded lengths up to a multiple.
+        min_tokens: padded lengths at the least.
 
     Raises:
         DataError: there are fewer rows than one global batch.
@@ -246,6 +251,7 @@ class TrainLoader:
         num_workers: int = 0,
         pin_memory: bool = False,
         multiple_of: int = 1,
+        min_tokens: int = 1,
     ) -> None:
         if len(split) < global_batch_size:
             raise DataError(
@@ -264,6 +270,7 @@ class TrainLoader:
         self.num_workers = num_workers
         self.pin_memory = pin_memory and torch.cuda.is_available()
         self.multiple_of = multiple_of
+        self.min_tokens = min_tokens
 
     @property
     def steps_per_epoch(self) -> int:
@@ -307,8 +314,11 @@ class TrainLoader:
             micro_batch_size=self.micro_batch_size,
             max_tokens=self.max_tokens,
             multiple_of=self.multiple_of,
+            min_tokens=self.min_tokens,
         )
-        micro_batches = [_collate_or_fill(self.split, step, self.rank, self.pad, self.multiple_of) for step in micro_steps]
+        micro_batches = [
+            _collate_or_fill(self.split, step, self.rank, self.pad, self.multiple_of, self.min_tokens) for step in micro_steps
+        ]
         return GlobalBatch(micro_batches, len(rows), int(lengths[rows].sum()), index, rows)
 
 
@@ -326,11 +336,13 @@ class _Steps(Dataset[GlobalBatch]):
         return self.loader.build(self.plan[index], index)
 
 
-def _collate_or_fill(split: Tokenized, step: list[np.ndarray], rank: int, pad: Mapping[str, int], multiple_of: int) -> MicroBatch:
+def _collate_or_fill(
+    split: Tokenized, step: list[np.ndarray], rank: int, pad: Mapping[str, int], multiple_of: int, min_tokens: int
+) -> MicroBatch:
     if len(step[rank]):
-        return collate(split, step[rank], pad, multiple_of=multiple_of)
+        return collate(split, step[rank], pad, multiple_of=multiple_of, min_tokens=min_tokens)
     # Rows are dealt longest first, so the first rank has one; its last is the shortest of the step.
-    return collate(split, step[0][-1:], pad, multiple_of=multiple_of, weight=0.0)
+    return collate(split, step[0][-1:], pad, multiple_of=multiple_of, min_tokens=min_tokens, weight=0.0)
 
 
 def _unchanged(batch: Any) -> Any:
@@ -353,6 +365,7 @@ def eval_batches(
     pad: Mapping[str, int],
     max_tokens: int | None = None,
     multiple_of: int = 1,
+    min_tokens: int = 1,
 ) -> Iterator[MicroBatch]:
     """The micro-batches of an evaluation split for this rank: as many on every rank, each row once overall.
 
@@ -364,6 +377,7 @@ def eval_batches(
         pad: from `pad_values`.
         max_tokens: padded tokens of a micro-batch at most.
         multiple_of: round padded lengths up to a multiple.
+        min_tokens: padded lengths at the least.
     """
     steps = split_batch(
         np.arange(len(split)),
@@ -372,6 +386,7 @@ def eval_batches(
         micro_batch_size=batch_size,
         max_tokens=max_tokens,
         multiple_of=multiple_of,
+        min_tokens=min_tokens,
     )
     for step in steps:
-        yield _collate_or_fill(split, step, rank, pad, multiple_of)
+        yield _collate_or_fill(split, step, rank, pad, multiple_of, min_tokens)

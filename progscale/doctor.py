@@ -238,7 +238,7 @@ def model_check(config: Config, permissions: Any) -> tuple[Check, int, int]:
         with torch.device("meta"):
             parts = partition(method.prepare(inputs.skeleton), inputs.family)
         # Which blocks are live does not depend on the steps, whose number only the tokenised data tells.
-        stages = stages_of(config, parts, max(1000 * config.stages, (config.schedule.starts or [0])[-1] + 1))
+        stages = stages_of(config, inputs.family, parts, max(1000 * config.stages, (config.schedule.starts or [0])[-1] + 1))
         counts[:] = [parts.numel(), *(parts.count(live_parameters(stage, parts, method)) for stage in stages)]
         model = "demo encoder" if config.model.name is None else inputs.request.name
         live = ", ".join(f"{count / 1e6:.2f}" for count in counts[1:9]) + (" …" if counts[9:] else "")

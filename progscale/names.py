@@ -23,7 +23,10 @@ BUILT_IN = {
     "progscale.tasks": ("demo", *GLUE_TASKS, *SQUAD_TASKS, "table"),
     "progscale.methods": tuple(METHODS.names()),
     "progscale.schedules": ("custom", "growing", "none", "progtuning", "weighted", "without_low_blocks"),
-    "progscale.families": ("bert", "deberta-v2", "distilbert", "electra", "roberta", "xlm-roberta-xl"),
+    "progscale.families": (
+        *("albert", "bert", "big_bird", "deberta", "deberta-v2", "distilbert", "electra", "ernie", "generic", "longformer"),
+        *("modernbert", "mpnet", "roberta", "xlm-roberta-xl"),
+    ),
 }
 
 

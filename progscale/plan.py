@@ -278,6 +278,7 @@ def plan_for(
     with torch.device("meta"):
         model = trained.prepare(build_meta(request, found))
     parts = partition(model, found)
+    check_shared_blocks(found, parts, schedule, count)
     built = build_stages(
         schedule,
         num_blocks=parts.num_blocks,
@@ -287,6 +288,20 @@ def plan_for(
         options=options,
     )
     return make_plan(parts, built, trained, steps_per_epoch, model=model_name, schedule=schedule)
+
+
+def check_shared_blocks(family: Family, parts: Partition, schedule: str, stages: int) -> None:
+    """Refuses progressive stages for a model that applies one block again and again.
+
+    Raises:
+        ScheduleError: it has one block only, and the schedule is not plain fine-tuning.
+    """
+    if family.shared_blocks and stages > 1 and schedule != "none" and max(parts.num_blocks.values()) == 1:
+        raise ScheduleError(
+            f"schedule.name: '{schedule}' with {stages} stages; all layers of this {family.name} model share one block, so "
+            f"freezing one freezes all of them and progressive stages mean nothing; set schedule.name to 'none' (plain "
+            f"fine-tuning; schedule.embeddings has its usual meaning), or schedule.stages to 1"
+        )
 
 
 def schedule_options(config: Config) -> dict[str, Any]:

@@ -135,6 +135,7 @@ class Session:
             pad=self.padding,
             max_tokens=self.config.train.max_tokens_per_micro_batch,
             multiple_of=self.loader.multiple_of,
+            min_tokens=self.loader.min_tokens,
         )
         return self.console.track(batches, len(split), world_size)
 

@@ -36,7 +36,7 @@ from progscale.models.saving import save_whole
 from progscale.models.tokenizers import check_tokenizer, drop_token_types, load_tokenizer
 from progscale.names import method_faults, with_options
 from progscale.optim import AdamW, build_for
-from progscale.plan import Plan, make_plan, render_plan, schedule_options
+from progscale.plan import Plan, check_shared_blocks, make_plan, render_plan, schedule_options
 from progscale.resume import FOLDER as CHECKPOINTS
 from progscale.resume import POLICIES, Resumed, derive_stage, find_checkpoint, identity_of
 from progscale.schedule import Stage, build_stages
@@ -109,12 +109,14 @@ def prepare(
     accelerator = join_ranks(config, {"--resume": resume, "--dry-run": dry_run, **asdict(permissions)})
     console = RunConsole(accelerator.is_main_process)
     splits, padding = task.tokenize(found.tokenizer, config.train.max_length), pad_values(found.tokenizer)
-    loader = make_loader(config, splits["train"], padding, accelerator)
+    model_config = getattr(found.skeleton, "config", None)
+    min_tokens = 1 if family.min_tokens is None else family.min_tokens(model_config)
+    loader = make_loader(config, splits["train"], padding, accelerator, min_tokens)
     total_steps = total_steps_of(config, loader.steps_per_epoch)
     method = method_of(config, found)
     with torch.device("meta"):
         parts = partition(method.prepare(found.skeleton), family)
-    stages = stages_of(config, parts, total_steps)
+    stages = stages_of(config, family, parts, total_steps)
     model = "demo encoder" if config.model.name is None else found.request.name
     plan = make_plan(parts, stages, method, loader.steps_per_epoch, model=model, schedule=config.schedule.name)
     world_size = int(accelerator.num_processes)
@@ -123,6 +125,8 @@ def prepare(
         f"{total_steps} steps of {config.train.global_batch_size} rows on {world_size} "
         f"{'process' if world_size == 1 else 'processes'} ({torch.device(accelerator.device).type}), {config.train.precision}"
     )
+    if family.infer is not None:
+        console.show(f"model family '{family.name}': {family.infer(found.skeleton)}")
     console.show(render_plan(plan))
     if dry_run:
         return plan
@@ -194,8 +198,13 @@ def find_inputs(config: Config, permissions: Permissions) -> Inputs:
     family = find_family(request, config.model.family)
     skeleton = build_meta(request, family)
     tokenizer = demo_tokenizer() if config.model.name is None else tokenizer_of(config, family, permissions)
-    drop_token_types(tokenizer, getattr(skeleton, "config", None))
-    check_tokenizer(tokenizer, getattr(skeleton, "config", None), config.train.max_length, family)
+    model_config = getattr(skeleton, "config", None)
+    drop_token_types(tokenizer, model_config)
+    check_tokenizer(tokenizer, model_config, config.train.max_length, family)
+    if family.check is not None:
+        family.check(request, model_config, tokenizer, config.train)
+    if config.train.gradient_checkpointing:
+        check_checkpointing(skeleton)
     return Inputs(task, request, family, skeleton, tokenizer)
 
 
@@ -221,8 +230,8 @@ def join_ranks(config: Config, options: Mapping[str, Any]) -> Any:
     return accelerator
 
 
-def make_loader(config: Config, split: Tokenized, padding: dict[str, int], accelerator: Any) -> TrainLoader:
-    """This rank's share of the training batches."""
+def make_loader(config: Config, split: Tokenized, padding: dict[str, int], accelerator: Any, min_tokens: int = 1) -> TrainLoader:
+    """This rank's share of the training batches, each padded to `min_tokens` at least."""
     world_size, on_gpu = int(accelerator.num_processes), torch.device(accelerator.device).type == "cuda"
     return TrainLoader(
         split,
@@ -237,6 +246,7 @@ def make_loader(config: Config, split: Tokenized, padding: dict[str, int], accel
         num_workers=config.train.num_workers,
         pin_memory=on_gpu,
         multiple_of=8 if on_gpu else 1,  # tensor cores; on a CPU it is padding and nothing else
+        min_tokens=min_tokens,
     )
 
 
@@ -332,8 +342,13 @@ def total_steps_of(config: Config, steps_per_epoch: int) -> int:
     return min(steps, config.train.max_steps or steps)
 
 
-def stages_of(config: Config, parts: Partition, total_steps: int) -> tuple[Stage, ...]:
-    """The stages that the config's schedule gives for this model."""
+def stages_of(config: Config, family: Family, parts: Partition, total_steps: int) -> tuple[Stage, ...]:
+    """The stages that the config's schedule gives for this model.
+
+    Raises:
+        ScheduleError: they do not fit it.
+    """
+    check_shared_blocks(family, parts, config.schedule.name, config.stages)
     return build_stages(
         config.schedule.name,
         num_blocks=parts.num_blocks,
@@ -486,16 +501,21 @@ def unfinished(path: Path) -> str:
     return " (it was not finished: with --resume auto it would have gone on)"
 
 
-def enable_checkpointing(module: Any) -> None:
-    """Non-reentrant gradient checkpointing: the reentrant kind would need gradients through the frozen blocks.
+def check_checkpointing(module: Any) -> None:
+    """Refuses gradient checkpointing for a model that cannot do it.
 
     Raises:
-        ModelError: the model has no support for it.
+        ModelError: it has no `gradient_checkpointing_enable`, or says itself (as transformers' MPNet does) that it has no use.
     """
+    own = type(module).__name__
     if not hasattr(module, "gradient_checkpointing_enable"):
-        raise ModelError(
-            f"train.gradient_checkpointing: {type(module).__name__} has no gradient_checkpointing_enable; set it to false"
-        )
+        raise ModelError(f"train.gradient_checkpointing: {own} has no gradient_checkpointing_enable; set it to false")
+    if not getattr(module, "supports_gradient_checkpointing", True):
+        raise ModelError(f"train.gradient_checkpointing: {own} does not support it; set it to false")
+
+
+def enable_checkpointing(module: Any) -> None:
+    """Non-reentrant gradient checkpointing: the reentrant kind would need gradients through the frozen blocks."""
     module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if hasattr(module, "disable_input_require_grads"):
         # Transformers makes the embeddings' output require a gradient, for the reentrant kind: every frozen block would be

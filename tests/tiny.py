@@ -16,7 +16,13 @@ from transformers import (
 from progscale.methods import Method, Subject, make_method
 from progscale.models.family import FAMILIES, HeadKind
 
-FAMILY_NAMES = ("bert", "roberta", "xlm-roberta-xl", "electra", "distilbert", "deberta-v2")
+ENCODERS = (
+    *("bert", "roberta", "xlm-roberta-xl", "electra", "distilbert", "deberta-v2"),
+    *("modernbert", "mpnet", "longformer", "big_bird", "deberta", "ernie"),
+)
+FAMILY_NAMES = ENCODERS
+# One block stands for many layers: no schedule in stages is allowed.
+SHARED_BLOCKS = ("albert",)
 
 _ROBERTA: dict[str, Any] = {"pad_token_id": 1, "max_position_embeddings": 66, "type_vocab_size": 1}
 _EXTRA: dict[str, dict[str, Any]] = {
@@ -26,6 +32,14 @@ _EXTRA: dict[str, dict[str, Any]] = {
     # Embeddings narrower than the blocks, so that the projection exists.
     "electra": {"embedding_size": 8},
     "distilbert": {},
+    # Attention in turn global and over four tokens, fewer than a batch has.
+    "modernbert": {"local_attention": 4, "global_attn_every_n_layers": 2, "pad_token_id": 0, "classifier_pooling": "mean"},
+    "mpnet": {"max_position_embeddings": 66, "relative_attention_num_buckets": 32},
+    "longformer": {**_ROBERTA, "attention_window": 4, "sep_token_id": 2},
+    "big_bird": {"attention_type": "original_full", "sep_token_id": 3},
+    "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_biased_input": False, "type_vocab_size": 0},
+    "ernie": {},
+    "albert": {"embedding_size": 8},
     # With relative positions, their norm and the convolution, as v2 xlarge has them.
     "deberta-v2": {
         "relative_attention": True,
@@ -57,9 +71,15 @@ def tiny_config(family_name: str, *, blocks: int = 4, dropout: float = 0.0, **kw
     else:
         size |= {"hidden_size": 16, "num_hidden_layers": blocks, "num_attention_heads": 2, "intermediate_size": 32}
         size |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout, "classifier_dropout": dropout}
+    if family_name == "modernbert":
+        size |= dict.fromkeys(("attention_dropout", "embedding_dropout", "mlp_dropout"), dropout)
+        size |= dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 2)
+        del size["hidden_dropout_prob"], size["attention_probs_dropout_prob"]
+    if family_name == "albert":
+        size["classifier_dropout_prob"] = size.pop("classifier_dropout")
     if family_name == "electra":
         size["summary_last_dropout"] = dropout
-    if family_name == "deberta-v2":
+    if family_name in ("deberta", "deberta-v2"):
         size |= {"pooler_dropout": dropout, "cls_dropout": dropout}
         del size["classifier_dropout"]
     return AutoConfig.for_model(family_name, **{**size, **_EXTRA[family_name], **kw})

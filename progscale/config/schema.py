@@ -74,7 +74,7 @@ class Model(Section):
         default=None, description="hub id, local folder or well-known architecture; null: the demo's tiny encoder"
     )
     revision: Text | None = Field(default=None, description="hub revision (branch, tag or commit); null: the default branch")
-    family: Text | None = Field(default=None, description="registered model family; null: found by the model's type")
+    family: Text | None = Field(default=None, description="registered model family, or generic; null: found by the model's type")
     random_weights: bool = Field(default=False, description="build from the model's config alone, without its weights")
     overrides: dict[str, Any] = Field(
         default_factory=dict, description='entries of the transformers config, e.g. {"hidden_dropout_prob": 0.0}'

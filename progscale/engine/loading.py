@@ -128,12 +128,18 @@ def _fill(module: Any, child: torch.nn.Module, names: list[str], sources: dict[s
             with safe_open(path, framework="pt") as file:
                 tensor.copy_(file.get_tensor(source))
         fresh = torch.nn.Parameter(tensor, requires_grad=old.requires_grad)
-        if name in missing:
-            fresh._is_hf_initialized = False  # type: ignore[attr-defined]
+        # What transformers' initialisers ask, tensor by tensor.
+        fresh._is_hf_initialized = name not in missing  # type: ignore[attr-defined]
         child._parameters[key] = fresh
     if any(name in missing for name in names):
         child._is_hf_initialized = False  # type: ignore[assignment]
+        above = names[0].rpartition(".")[0]
         module._init_weights(child)
+        # Some models (ModernBERT) draw the weights of a layer once more in a module above it; all else there is empty by now,
+        # or still without memory.
+        while above:
+            above = above.rpartition(".")[0]
+            module._init_weights(module.get_submodule(above))
 
 
 def give_back_memory() -> None:

@@ -31,12 +31,13 @@ def make_method(name: str, subject: Subject, options: Mapping[str, Any] | None =
 def live_parameters(stage: Stage, partition: Partition, method: Method[Any]) -> tuple[str, ...]:
     """Names of the parameters that stage `stage` trains, in the order of the model.
 
-    A tied tensor belongs to the embeddings, so the embeddings policy decides about it; the head is always live.
+    A tied tensor belongs to the embeddings, so the embeddings policy decides about it; the head is always live,
+    but for what no loss depends on.
     """
     tensors = method.tensors(partition)
     names = []
     for info in partition.parameters.values():
-        if info.name not in tensors:
+        if info.name not in tensors or info.unused:
             continue
         if info.part == "block":
             assert info.stack is not None and info.block is not None

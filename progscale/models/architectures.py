@@ -74,6 +74,27 @@ def _roberta(organisation: str, model_type: str, size: Mapping[str, Any], vocab:
     return Architecture(organisation, model_type, {**_ROBERTA, **size, "vocab_size": vocab})
 
 
+def _albert(hidden: int, layers: int, heads: int) -> Architecture:
+    return Architecture("albert", "albert", _size(hidden, layers, heads, 4 * hidden, vocab_size=30000, embedding_size=128))
+
+
+def _longformer(size: Mapping[str, Any]) -> Architecture:
+    window, positions = [512] * int(size["num_hidden_layers"]), {"max_position_embeddings": 4098}
+    return Architecture("allenai", "longformer", {**_ROBERTA, **size, **positions, "attention_window": window, "vocab_size": _EN})
+
+
+def _deberta_v1(hidden: int, layers: int, heads: int) -> Architecture:
+    later = ("position_buckets", "norm_rel_ebd", "share_att_key")
+    config = {key: value for key, value in _DEBERTA.items() if key not in later}
+    config |= {"pos_att_type": ["c2p", "p2c"], "vocab_size": _EN, "pooler_hidden_size": hidden}
+    return Architecture("microsoft", "deberta", _size(hidden, layers, heads, 4 * hidden, **config))
+
+
+def _mpnet(organisation: str) -> Architecture:
+    positions = {"max_position_embeddings": 514, "layer_norm_eps": 1e-5}
+    return Architecture(organisation, "mpnet", {**_BASE, **positions, "vocab_size": 30527})
+
+
 _V2_CONV: dict[str, Any] = {"conv_kernel_size": 3, "conv_act": "gelu", "attention_head_size": 64}
 _DISTILBERT: dict[str, Any] = {"dim": 768, "n_layers": 6, "n_heads": 12, "hidden_dim": 3072}
 
@@ -101,8 +122,24 @@ ARCHITECTURES: dict[str, Architecture] = {
     "deberta-v3-small": _deberta(768, 6, 12, 3072),
     "deberta-v3-base": _deberta(768, 12, 12, 3072),
     "deberta-v3-large": _deberta(1024, 24, 16, 4096),
+    "deberta-base": _deberta_v1(768, 12, 12),
+    "deberta-large": _deberta_v1(1024, 24, 16),
+    "deberta-xlarge": _deberta_v1(1024, 48, 16),
     "deberta-v2-xlarge": _deberta(1536, 24, 24, 6144, **_V2_CONV),
     "deberta-v2-xxlarge": _deberta(1536, 48, 24, 6144, **_V2_CONV),
+    # The pooling is the published one; the config class's own default is "cls".
+    "ModernBERT-base": Architecture("answerdotai", "modernbert", {**_size(768, 22, 12, 1152), "classifier_pooling": "mean"}),
+    "ModernBERT-large": Architecture("answerdotai", "modernbert", {**_size(1024, 28, 16, 2624), "classifier_pooling": "mean"}),
+    "mpnet-base": _mpnet("microsoft"),
+    "all-mpnet-base-v2": _mpnet("sentence-transformers"),
+    "longformer-base-4096": _longformer(_BASE),
+    "longformer-large-4096": _longformer(_LARGE),
+    "bigbird-roberta-base": Architecture("google", "big_bird", _BASE),
+    "bigbird-roberta-large": Architecture("google", "big_bird", _LARGE),
+    "albert-base-v2": _albert(768, 12, 12),
+    "albert-large-v2": _albert(1024, 24, 16),
+    "albert-xlarge-v2": _albert(2048, 24, 16),
+    "albert-xxlarge-v2": _albert(4096, 12, 64),
 }
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from progscale.registry import Registry
 
 if TYPE_CHECKING:
     import torch
+
+    from progscale.config import Train
 
 HeadKind = Literal["sequence_classification", "question_answering"]
 
@@ -44,6 +46,20 @@ class ModelRequest:
 
 
 @dataclass(frozen=True)
+class Places:
+    """Where a model's parts live; the attributes are those of `Family`."""
+
+    base: str
+    embeddings: tuple[str, ...]
+    stacks: Mapping[str, str]
+    head: tuple[str, ...]
+
+    def __str__(self) -> str:
+        head = ", ".join((*self.head, f"all outside '{self.base}'" if self.base else "nothing else"))
+        return f"blocks are {', '.join(self.stacks.values())}; embeddings {', '.join(self.embeddings) or 'none'}; head {head}"
+
+
+@dataclass(frozen=True)
 class Family:
     """A definition that plugs a model architecture in.
 
@@ -59,6 +75,7 @@ class Family:
         embeddings: paths that make up the embeddings (relative-position tables and projections included).
         stacks: for each stack of blocks the path of its ModuleList, e.g. `{"blocks": "encoder.layer"}`.
         head: paths below the base model that belong to the head (pooler, a final norm).
+        unused: paths below the base model that no output of the heads here depends on; they stay as they are.
         load: builds the model for a request; None takes transformers' auto classes.
         load_tokenizer: gives the tokenizer for a model name; None takes AutoTokenizer.
         max_tokens: the longest input in tokens that a config allows, None for no limit; without the function,
@@ -67,6 +84,12 @@ class Family:
             projections in a block.
         sublayers: for each stack, paths in a block of the modules whose output is added to the residual stream (the
             self-attention's, then the feed-forward's; dropout included where it is a module); a bottleneck adapter follows each.
+        min_tokens: what a config makes of the shortest batch: one of fewer tokens is padded to so many.
+        check: refuses with a ModelError what this architecture cannot take, before time is spent: request, the model's
+            config, tokenizer, section `train` of the run's config.
+        shared_blocks: the model applies each of its blocks several times.
+        infer: finds base, embeddings, stacks and head of a model that has been built (on the meta device, perhaps), where
+            they cannot be said beforehand; the other fields stay as they are.
     """
 
     name: str
@@ -80,6 +103,22 @@ class Family:
     max_tokens: Callable[[Any], int | None] | None = None
     projections: tuple[str, ...] = ()
     sublayers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    min_tokens: Callable[[Any], int] | None = None
+    check: Callable[[ModelRequest, Any, Any, Train], None] | None = None
+    shared_blocks: bool = False
+    unused: tuple[str, ...] = ()
+    infer: Callable[[torch.nn.Module], Places] | None = None
+
+    def resolve(self, model: torch.nn.Module) -> Family:
+        """The family with its places as they are in `model`; itself, where they are known beforehand.
+
+        Raises:
+            ModelError: they cannot be found in it.
+        """
+        if self.infer is None:
+            return self
+        found = self.infer(model)
+        return replace(self, base=found.base, embeddings=found.embeddings, stacks=found.stacks, head=found.head, infer=None)
 
 
 FAMILIES: Registry[Family] = Registry("model family", "progscale.families", package="progscale.models.families")

@@ -54,25 +54,25 @@ def _unknown(model_type: str, config: Any, given: str) -> str:
     kind = _why_not(model_type, config)
     if kind:
         lines.append(kind)
-    if model_type == "albert":
-        return "\n".join(lines)
-    lines.append("An encoder with embeddings, one list of blocks and a head is added with one call (paths below the base model):")
-    lines.append(_SNIPPET.format(model_type=model_type).rstrip("\n"))
-    lines.append(
+    lines.append("Where its blocks are one list of like modules, model.family=generic finds them.")
+    lines.append(how_to_register(config))
+    return "\n".join(lines)
+
+
+def how_to_register(model_or_config: Any) -> str:
+    """The call that adds a family for a model, and where it can stand."""
+    config = getattr(model_or_config, "config", model_or_config)
+    return (
+        "An encoder with embeddings, one list of blocks and a head is added with one call (paths below the base model):\n"
+        f"{_SNIPPET.format(model_type=getattr(config, 'model_type', None) or 'my-encoder')}"
         f"Import its module with --plugin my_module, or let a package name it under the entry-point group '{FAMILIES.group}'"
     )
-    return "\n".join(lines)
 
 
 def _why_not(model_type: str, config: Any) -> str:
     """What is known about architectures that do not fit as they are."""
     from transformers.models.auto import modeling_auto as auto
 
-    if model_type == "albert":
-        return (
-            "ALBERT applies one block again and again: freezing a low block would freeze all of them, so progressive "
-            "stages mean nothing for it"
-        )
     if getattr(config, "is_encoder_decoder", False):
         return f"'{model_type}' is an encoder-decoder; only encoders are built in"
     if model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:

@@ -20,7 +20,10 @@ _VOCABULARIES = (
     "tokenizer.model",
 )
 # These compute positions from where padding is, so the two pad ids must agree.
-_POSITIONS_FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl")
+_POSITIONS_FROM_PADDING = (
+    *("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "longformer", "mpnet"),
+    *("data2vec-text", "ibert", "lilt", "luke", "roberta-prelayernorm", "xmod"),  # under the family `generic`
+)
 
 
 def load_tokenizer(
@@ -67,7 +70,10 @@ def max_tokens(config: Any, family: Family | None = None) -> int | None:
     if family is not None and family.max_tokens is not None:
         return family.max_tokens(config)
     positions = getattr(config, "max_position_embeddings", None)
-    return None if positions is None or positions < 0 else int(positions)
+    if positions is None or positions < 0:
+        return None
+    behind_padding = getattr(config, "model_type", "") in _POSITIONS_FROM_PADDING
+    return int(positions) - (int(config.pad_token_id) + 1 if behind_padding else 0)
 
 
 def check_tokenizer(tokenizer: Any, config: Any, max_length: int, family: Family | None = None) -> None:

@@ -10,15 +10,15 @@ import torch
 from progscale.models import ModelRequest, load_model
 from tests.harness.cases import run
 from tests.harness.worker import RankError, TwoRanks
-from tests.tiny import FAMILY_NAMES, tiny_model
+from tests.tiny import FAMILY_NAMES, SHARED_BLOCKS, tiny_model
 
 LOAD = "tests.harness.loading:load"
 
 
-@pytest.fixture(params=FAMILY_NAMES)
+@pytest.fixture(params=(*FAMILY_NAMES, *SHARED_BLOCKS))
 def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A checkpoint in several files."""
-    tiny_model(request.param, num_labels=2).save_pretrained(tmp_path, max_shard_size="20KB")
+    tiny_model(request.param, num_labels=2).save_pretrained(tmp_path, max_shard_size="10KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     return tmp_path
 
@@ -64,3 +64,12 @@ def test_trains_through_a_switch(two_ranks: TwoRanks, tmp_path: Path, checkpoint
     assert losses == pytest.approx(expected.losses, abs=2e-6)
     for name, value in expected.parameters.items():
         assert (weights[name] - value).abs().max().item() < 5e-5, name
+
+
+def test_a_family_that_is_found_in_the_model_itself(two_ranks: TwoRanks, tmp_path: Path) -> None:
+    tiny_model("mpnet").save_pretrained(tmp_path)
+    named, found = (two_ranks.run(LOAD, path=str(tmp_path), seed=7, family=family)[0] for family in ("mpnet", "generic"))
+    assert named["parameters"].keys() == found["parameters"].keys()
+    assert all(torch.equal(found["parameters"][name], value) for name, value in named["parameters"].items())
+    with pytest.raises(RankError, match=r"encoder\.layer\.4.*is missing in its weights"):
+        two_ranks.run(LOAD, path=str(tmp_path), seed=1, family="generic", overrides={"num_hidden_layers": 5})

@@ -223,6 +223,7 @@ def run(
     curve: str = "linear",
     options: dict[str, Any] | None = None,
     method_options: dict[str, Any] | None = None,
+    config: dict[str, Any] | None = None,
     poison: Sequence[tuple[int, int]] = (),
     poison_gradient: Sequence[tuple[int, int]] = (),
 ) -> Outcome:
@@ -231,11 +232,12 @@ def run(
     Args:
         engine: a key of ENGINES or VARIANTS; "plain" ignores the other ranks.
         toggle: replace every switch by `requires_grad_(False)`, which is wrong under ZeRO.
+        config: further entries of the model's config.
         poison: (step, rank) whose loss becomes infinite.
         width: hidden size (of families that call it so).
         poison_gradient: (step, rank) whose loss stays finite, and whose gradient becomes infinite.
     """
-    module = tiny_model(family, blocks=blocks, **({} if width == 16 else {"hidden_size": width}))
+    module = tiny_model(family, blocks=blocks, **({} if width == 16 else {"hidden_size": width}), **(config or {}))
     trained = make_method(method, Subject(family_of(module), precision=precision), method_options)
     with seeded(0):
         module = trained.prepare(module)
@@ -245,7 +247,7 @@ def run(
     made = make_engine(module, engine, precision=precision)
     parts, builds = builds_of(module, schedule, embeddings, stages, steps, dict(options or {}), trained)
     curve_of = LearningRate(1e-3, curve, steps, warmup_steps=1, final_fraction=0.1)  # type: ignore[arg-type]
-    config: PreTrainedConfig = module.config
+    vocabulary = int(module.config.vocab_size)
     outcome = Outcome()
     for build in builds:
         if toggle and made.build is not None:
@@ -258,7 +260,7 @@ def run(
         before, bits, volume = masters(made), made.digests(frozen), made.updated_volume()
         for step in range(build.stage.start_step, build.stage.end_step):
             rate = curve_of(step)
-            batches = share(step, rows, config.vocab_size, made.rank, made.world_size, micro)
+            batches = share(step, rows, vocabulary, made.rank, made.world_size, micro)
             infinite = any((step, made.rank) == bad for bad in poison)
             loss = (lambda o, y: row_loss(o, y) * float("inf")) if infinite else row_loss
             loss = steep_loss if (step, made.rank) in poison_gradient else loss

@@ -57,9 +57,10 @@ def make(
     """A tiny model with dropout in an engine, and the builds of its stages."""
     embeddings = "first_stage" if schedule == "progtuning" else "always"
     dropout = settings.pop("dropout", 0.1)
-    trained = method_for("bert", method, **(method_options or {}))
+    family = settings.pop("family", "bert")
+    trained = method_for(family, method, **(method_options or {}))
     with seeded(seed):
-        module = trained.prepare(tiny_model("bert", blocks=BLOCKS, seed=seed, dropout=dropout)).train()
+        module = trained.prepare(tiny_model(family, blocks=BLOCKS, seed=seed, dropout=dropout)).train()
     _, builds = builds_of(module, schedule, embeddings, STAGES, STEPS, options, trained)
     return make_engine(module, engine, **settings), builds
 

@@ -14,7 +14,7 @@ from tests.harness.cases import ENGINES, builds_of, make_engine, reset_accelerat
 from tests.harness.moves import everywhere, take_steps
 
 
-def load(path: str, seed: int, dtype: str = "float32", **request: Any) -> dict[str, Any]:
+def load(path: str, seed: int, dtype: str = "float32", family: str | None = None, **request: Any) -> dict[str, Any]:
     """Gathered parameters, each rank's share of elements, and the logits of one batch through the gathered model."""
     import deepspeed
 
@@ -23,7 +23,7 @@ def load(path: str, seed: int, dtype: str = "float32", **request: Any) -> dict[s
     make_accelerator(deepspeed=ENGINES["zero3"])
     wanted = ModelRequest(path, head="sequence_classification", **request)
     torch.manual_seed(seed)
-    module = load_module(wanted, find_family(wanted), ENGINES["zero3"], dtype=getattr(torch, dtype))
+    module = load_module(wanted, find_family(wanted, family), ENGINES["zero3"], dtype=getattr(torch, dtype))
     held = sum(parameter.ds_tensor.numel() for parameter in module.parameters())  # type: ignore[attr-defined]
     whole = {}
     for name, parameter in module.named_parameters():

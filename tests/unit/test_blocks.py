@@ -11,8 +11,10 @@ from transformers import BertForMaskedLM
 
 from progscale.blocks import partition
 from progscale.errors import ModelError
+from progscale.methods import live_parameters
 from progscale.models.family import FAMILIES, Family
-from tests.tiny import FAMILY_NAMES, tiny_config, tiny_model
+from progscale.schedule import Stage
+from tests.tiny import FAMILY_NAMES, method_for, tiny_config, tiny_model
 
 HEADS = ("sequence_classification", "question_answering")
 
@@ -46,7 +48,9 @@ def test_parts_partition_the_parameters(name: str, head: str) -> None:
     assert parts.num_blocks == {"blocks": 4}
     assert parts.numel() == sum(tensor.numel() for tensor in expected.values())
     assert parts.numel() == parts.numel("embeddings") + parts.numel("block") + parts.numel("head")
-    assert len({parts.count(parts.block_names("blocks", block)) for block in range(4)}) == 1
+    # ModernBERT's first block has no norm before its attention.
+    alike = range(1 if name == "modernbert" else 0, 4)
+    assert len({parts.count(parts.block_names("blocks", block)) for block in alike}) == 1
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
@@ -69,6 +73,20 @@ def test_where_the_special_parameters_go() -> None:
     assert part("electra", "electra.embeddings_project.weight") == "embeddings"
     assert part("bert", "bert.pooler.dense.weight") == "head"
     assert part("bert", "layer.0.attention.output.LayerNorm.bias") == "block"
+    assert part("modernbert", "model.final_norm.weight") == "head"
+    assert part("mpnet", "encoder.relative_attention_bias.weight") == "embeddings"
+    assert part("deberta", "encoder.rel_embeddings.weight") == "embeddings"
+    assert part("albert", "encoder.embedding_hidden_mapping_in.weight") == "embeddings"
+    assert part("albert", "albert.pooler.weight") == "head"
+    assert part("big_bird", "bert.pooler.weight") == "head"
+
+
+def test_what_no_output_depends_on_is_known() -> None:
+    parts = partition(tiny_model("big_bird"), FAMILIES.get("big_bird"))
+    assert {name for name, info in parts.parameters.items() if info.unused} == {"bert.pooler.weight", "bert.pooler.bias"}
+    everything = Stage(1, 0, 1, {"blocks": (0, 1, 2, 3)}, embeddings=True)
+    live = live_parameters(everything, parts, method_for("big_bird"))
+    assert set(parts.parameters) - set(live) == {"bert.pooler.weight", "bert.pooler.bias"}
 
 
 def test_a_tied_tensor_belongs_to_the_embeddings_and_keeps_its_other_names() -> None:

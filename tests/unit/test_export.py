@@ -17,7 +17,7 @@ from progscale.errors import WriteError
 from progscale.export import export_model, exported_origin
 from progscale.tasks.demo import demo_tokenizer
 from tests.harness.cases import make_engine
-from tests.tiny import FAMILY_NAMES, tiny_model
+from tests.tiny import FAMILY_NAMES, SHARED_BLOCKS, tiny_model
 
 INPUTS = {"input_ids": torch.arange(5, 17).view(2, 6), "attention_mask": torch.ones(2, 6, dtype=torch.long)}
 LABELS = ["no", "maybe", "yes"]
@@ -27,7 +27,7 @@ def engine_over(module: nn.Module) -> Engine:
     return make_engine(module.eval(), "plain")
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", [*FAMILY_NAMES, *SHARED_BLOCKS])
 def test_round_trip(tmp_path: Path, family: str) -> None:
     module = tiny_model(family, num_labels=3, id2label=dict(enumerate(LABELS)), label2id={n: i for i, n in enumerate(LABELS)})
     export_model(engine_over(module), demo_tokenizer(), tmp_path / "model")

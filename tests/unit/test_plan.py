@@ -108,6 +108,20 @@ def test_mistakes_are_named() -> None:
         make_plan(PARTS, (), FULL, 0)
 
 
+@pytest.mark.parametrize("schedule", ["progtuning", "growing", "without_low_blocks"])
+def test_one_shared_block_takes_no_stages(schedule: str) -> None:
+    with pytest.raises(ScheduleError, match=rf"schedule.name: '{schedule}' with 3 stages; all layers .* share one block.*'none'"):
+        plan_for("albert-base-v2", schedule=schedule)
+    plain, one = plan_for("albert-base-v2", schedule="none"), plan_for("albert-base-v2", schedule="progtuning", stages=1)
+    assert plain.share == one.share == 1
+    assert plan_for("albert-base-v2", schedule="none", embeddings="first_stage").share < 1
+
+
+def test_groups_of_layers_that_share_a_block_take_stages() -> None:
+    plan = plan_for("albert-base-v2", overrides={"num_hidden_groups": 3})
+    assert [stage.first_block for stage in plan.stages] == [{"blocks": 0}, {"blocks": 1}, {"blocks": 2}]
+
+
 @pytest.mark.parametrize(
     ("epochs", "stages", "always", "first_stage", "cached"),
     [

@@ -32,6 +32,7 @@ from progscale.checkpoint.store import LATEST, REPLACED, STAGED, Store
 from progscale.config import Checkpoint, Config, Run, Schedule, Train
 from progscale.data import TrainLoader, global_batches
 from progscale.errors import RejectedError
+from progscale.models.family import FAMILIES
 from progscale.resume import FOLDER, derive_stage, find_checkpoint, stage_values
 from progscale.schedule import Stage
 from progscale.session import Session
@@ -136,7 +137,7 @@ class Process:
         self.config, self.steps_per_epoch = config, shape.steps_per_epoch
         total = total_steps_of(config, self.steps_per_epoch)
         parts: Any = SimpleNamespace(num_blocks={"blocks": shape.blocks})
-        self.stages = stages_of(config, parts, total)
+        self.stages = stages_of(config, FAMILIES.get("bert"), parts, total)
         split = Tokenized(
             {"input_ids": Ragged.from_rows([[row] * length for row, length in enumerate(shape.lengths)])},
             np.array(shape.lengths),

@@ -32,8 +32,23 @@ SIZES = {
     "deberta-v3-small": (141.896, 6),
     "deberta-v3-base": (184.424, 12),
     "deberta-v3-large": (435.064, 24),
+    "deberta-base": (139.194, 12),
+    "deberta-large": (406.215, 24),
+    "deberta-xlarge": (758.856, 48),
     "deberta-v2-xlarge": (886.957, 24),
     "deberta-v2-xxlarge": (1566.914, 48),
+    "ModernBERT-base": (149.606, 22),
+    "ModernBERT-large": (395.833, 28),
+    "mpnet-base": (109.488, 12),
+    "all-mpnet-base-v2": (109.488, 12),
+    "longformer-base-4096": (148.661, 12),
+    "longformer-large-4096": (434.603, 24),
+    "bigbird-roberta-base": (128.061, 12),
+    "bigbird-roberta-large": (360.176, 24),
+    "albert-base-v2": (11.685, 1),
+    "albert-large-v2": (17.686, 1),
+    "albert-xlarge-v2": (58.729, 1),
+    "albert-xxlarge-v2": (222.604, 1),
 }
 
 

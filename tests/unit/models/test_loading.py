@@ -12,7 +12,7 @@ import torch
 
 from progscale.errors import ModelError
 from progscale.models import ModelRequest, build_meta, find_family, load_config, load_model
-from tests.tiny import FAMILY_NAMES, tiny_model
+from tests.tiny import FAMILY_NAMES, SHARED_BLOCKS, tiny_model
 
 CLASSIFY, ANSWER = "sequence_classification", "question_answering"
 BUILT_IN = {"head": CLASSIFY, "random_weights": True}
@@ -24,7 +24,7 @@ def equal(a: torch.nn.Module, b: torch.nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("head", [CLASSIFY, ANSWER])
-@pytest.mark.parametrize("name", FAMILY_NAMES)
+@pytest.mark.parametrize("name", [*FAMILY_NAMES, *SHARED_BLOCKS])
 def test_saved_weights_come_back(name: str, head: Any, saved: Callable[..., Path]) -> None:
     folder = saved(name, head=head)
     model = load_model(ModelRequest(str(folder), head=head))

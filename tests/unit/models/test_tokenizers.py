@@ -57,6 +57,10 @@ def test_a_familys_own_tokenizer_comes_first() -> None:
         (fake(), "bert", 0, "train.max_length: 0"),
         (fake(pad=1), "roberta", 65, "takes 1 to 64 tokens"),
         (fake(pad=1), "xlm-roberta-xl", 65, "takes 1 to 64 tokens"),
+        (fake(pad=1), "mpnet", 65, "takes 1 to 64 tokens"),
+        (fake(pad=1), "longformer", 65, "takes 1 to 64 tokens"),
+        (fake(pad=0), "mpnet", 64, "pads with id 0, the config says pad_token_id 1"),
+        (fake(pad=0), "longformer", 64, "a longformer model counts positions from padding"),
         (fake(pad=0), "roberta", 64, "pads with id 0, the config says pad_token_id 1"),
         (fake(), "deberta-v2", 0, "takes at least 1 tokens"),
     ],
@@ -74,6 +78,8 @@ def test_lengths_that_fit() -> None:
     assert max_tokens(tiny_config("deberta-v2"), family_of(tiny_config("deberta-v2"))) is None
     assert max_tokens(AutoConfig.for_model("roberta", max_position_embeddings=514)) == 512
     assert max_tokens(None) is None
+    # A type without a family of its own: the family that is named says nothing of lengths.
+    assert max_tokens(AutoConfig.for_model("xmod", max_position_embeddings=514), family_of(None, "generic")) == 512
 
 
 def test_a_tokenizer_that_only_has_a_length() -> None:

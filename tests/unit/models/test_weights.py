@@ -13,7 +13,7 @@ from transformers import BertForMaskedLM
 
 from progscale.errors import ModelError
 from progscale.models import ModelRequest, checkpoint_files, checkpoint_names, load_model
-from tests.tiny import FAMILY_NAMES, tiny_config, tiny_model
+from tests.tiny import FAMILY_NAMES, SHARED_BLOCKS, tiny_config, tiny_model
 
 
 def fill(model: torch.nn.Module, folder: Path) -> set[str]:
@@ -29,9 +29,9 @@ def fill(model: torch.nn.Module, folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("base", [False, True])
-@pytest.mark.parametrize("name", FAMILY_NAMES)
+@pytest.mark.parametrize("name", [*FAMILY_NAMES, *SHARED_BLOCKS])
 def test_mapping_loads_what_from_pretrained_loads(name: str, base: bool, saved: Callable[..., Path]) -> None:
-    folder = saved(name, base=base, shard="20KB")
+    folder = saved(name, base=base, shard="8KB")
     assert len(checkpoint_files(str(folder))) > 1
     torch.manual_seed(0)
     expected = dict(load_model(ModelRequest(str(folder), head="sequence_classification")).named_parameters())
