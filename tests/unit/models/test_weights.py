@@ -31,7 +31,7 @@ def fill(model: torch.nn.Module, folder: Path) -> set[str]:
 @pytest.mark.parametrize("base", [False, True])
 @pytest.mark.parametrize("name", [*FAMILY_NAMES, *SHARED_BLOCKS])
 def test_mapping_loads_what_from_pretrained_loads(name: str, base: bool, saved: Callable[..., Path]) -> None:
-    folder = saved(name, base=base, shard="20KB")
+    folder = saved(name, base=base, shard="8KB")
     assert len(checkpoint_files(str(folder))) > 1
     torch.manual_seed(0)
     expected = dict(load_model(ModelRequest(str(folder), head="sequence_classification")).named_parameters())
