@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from importlib.metadata import entry_points
 
-from progscale.config.schema import GLUE_TASKS, SQUAD_TASKS, Config
+from progscale.config.schema import ADAM_OPTIMIZERS, GLUE_TASKS, LION_OPTIMIZERS, SQUAD_TASKS, Config
 from progscale.errors import Fault, nearest
 from progscale.registry import registered
 
@@ -16,6 +16,7 @@ BUILT_IN = {
     "progscale.tasks": ("demo", *GLUE_TASKS, *SQUAD_TASKS, "table"),
     "progscale.methods": ("full",),
     "progscale.schedules": ("custom", "growing", "none", "progtuning", "weighted", "without_low_blocks"),
+    "progscale.optimizers": (*ADAM_OPTIMIZERS, *LION_OPTIMIZERS),
     "progscale.families": ("bert", "deberta-v2", "distilbert", "electra", "roberta", "xlm-roberta-xl"),
 }
 
@@ -33,6 +34,7 @@ def name_faults(config: Config) -> list[Fault]:
         ("method.name", config.method.name, "progscale.methods"),
         ("model.family", config.model.family, "progscale.families"),
         ("schedule.name", config.schedule.name, "progscale.schedules"),
+        ("optimizer.name", config.optimizer.name, "progscale.optimizers"),
     ):
         if given is None or given in (allowed := known(group)):
             continue

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from progscale.blocks import Partition, partition
 from progscale.methods import METHODS, live_parameters
 from progscale.models.loading import family_of
-from progscale.optim import AdamW, StageBuild, build_for
+from progscale.optim import StageBuild, build_for
+from progscale.optimizers import AdamW
 from progscale.schedule import SCHEDULES, Stage, build_stages
 from tests.tiny import FAMILY_NAMES, tiny_model
 
