@@ -47,7 +47,9 @@ class Shard:
             kind = WEIGHT if kind == MASTER else kind
             self.tensors[f"{kind}/{part.start}/{part.name}"] = tensor.detach().cpu()
         for kind, scales in part.scales.items():
-            self.tensors[f"{SCALES}:{scales.phase}:{kind}/{part.start}/{part.name}"] = scales.values.detach().cpu()
+            # A copy: neighbours share the block between them, and safetensors takes no two views of the same memory.
+            values = scales.values.detach().cpu().clone()
+            self.tensors[f"{SCALES}:{scales.phase}:{kind}/{part.start}/{part.name}"] = values
         self.bytes += slice_bytes(part)
         if part.scalars:
             self.scalars[part.name] = dict(part.scalars)

@@ -135,7 +135,7 @@ def test_any_layout_into_any_other(
     target = [shard(*pieces, gap=other_gap) for pieces in new]
     moved(source, target)
     assert {one.step for one in target} == {3}
-    for key, entry in EIGHT_BIT.blockwise.items():
+    for key in EIGHT_BIT.blockwise:
         before, after = values(source, key), values(target, key)
         for one in target:
             flat = torch.zeros(one.tensor.numel())
