@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import resource
 import socket
@@ -199,7 +200,7 @@ def run_checks(config: Config, ranks: Ranks, *, on_gpu: bool) -> list[Check]:
 
     from progscale.engine.deepspeed import check_release
     from progscale.engine.launch import check_precision, find_compiler
-    from progscale.setup import check_engine
+    from progscale.setup import check_engine, optimizer_of
 
     train, count, (stage, offloaded, _) = config.train, ranks.world_size, zero(config)
     name = f"zero{stage}{'-offload' if offloaded else ''}" if stage else "ddp" if count > 1 else "plain"
@@ -209,6 +210,13 @@ def run_checks(config: Config, ranks: Ranks, *, on_gpu: bool) -> list[Check]:
     checks = [told("ranks: rows", rows, micro_batch_size, config, count)]
     checks.append(told("ranks: engine", f"{name}, {backend}", check_engine, config, count))
     checks.append(told("ranks: precision", train.precision, check_precision, train.precision, device, stage > 0))
+    # AdamW needs nothing that a line could be about.
+    if config.optimizer.name != "adamw":
+
+        def optimizer() -> str:
+            return optimizer_of(config).check(device) or config.optimizer.name
+
+        checks.append(told("ranks: optimizer", "{}", optimizer))
     if stage:
 
         def release() -> None:
@@ -248,22 +256,32 @@ def model_check(config: Config, permissions: Any) -> tuple[Check, int, int]:
 
 
 def state_of(config: Config, total: int, live: int, world_size: int) -> tuple[int, int]:
-    """Bytes of weights, gradients and Adam's state on one rank: where it computes, and in CPU memory by offload.
+    """Bytes of weights, gradients and the optimizer's state on one rank: where it computes, and in CPU memory by offload.
 
-    A live parameter costs 4 + 4 + 8 bytes, a frozen one 4. Under DeepSpeed `bf16_params` and `fp16` cost 2 + 2 + 12 (with
-    fp32 accumulation 2 + 4 + 12; a frozen one 2), and fp32 weights are kept twice (4 + 4 + 12), but under ZeRO-3 only
-    with offload. ZeRO 1 divides the last number by the ranks, 2 the gradients too, 3 the weights too.
+    With AdamW a live parameter costs 4 + 4 + 8 bytes, a frozen one 4. Under DeepSpeed `bf16_params` and `fp16` cost 2 + 2 + 12
+    (with fp32 accumulation 2 + 4 + 12; a frozen one 2), and fp32 weights are kept twice (4 + 4 + 12), but under ZeRO-3 only
+    with offload. ZeRO 1 divides the last number by the ranks, 2 the gradients too, 3 the weights too. Other optimizers keep
+    fewer bytes than 8.
     """
     from progscale.plan import state_bytes
 
     stage, offloaded, half = zero(config)
-    state = state_bytes(total, live, precision="bf16" if half else "fp32", zero_stage=stage, world_size=world_size)
+    precision: Literal["bf16", "fp32"] = "bf16" if half else "fp32"
+    moments = moment_bytes(config)
+    state = state_bytes(total, live, precision=precision, zero_stage=stage, world_size=world_size, moment_bytes=moments)
     masters = 4 * -(-live // world_size) if stage and not half and (stage < 3 or offloaded) else 0
     types = (config.engine.deepspeed or {}).get("data_types") or {}
     gradients = state.gradients * (2 if half and str(types.get("grad_accum_dtype")) in ("fp32", "float32") else 1)
     optimizer = gradients + state.optimizer + masters
     host = state.weights * ("param" in offloaded) + optimizer * ("optimizer" in offloaded)
     return state.weights + optimizer - host, host
+
+
+def moment_bytes(config: Config) -> float:
+    """Bytes that the optimizer keeps for an element, without the weights."""
+    from progscale.setup import optimizer_of
+
+    return optimizer_of(config).state_bytes_per_element
 
 
 def memory_checks(config: Config, total: int, live: int, ranks: Ranks, gpus: Sequence[Gpu], available: int) -> list[Check]:
@@ -273,7 +291,8 @@ def memory_checks(config: Config, total: int, live: int, ranks: Ranks, gpus: Seq
     rows += [("the CPU", ranks.local * (host if gpus else device + host), available)] if available and (host or not gpus) else []
     checks = []
     for what, need, there in rows:
-        found = f"{size(need)} for weights, gradients and Adam's state, of {size(there)} available; activations are not counted"
+        what_for = "for weights, gradients and the optimizer's state"
+        found = f"{size(need)} {what_for}, of {size(there)} available; activations are not counted"
         remedy = "" if need <= there else "a higher ZeRO stage, offload, bf16_params, or more machines"
         checks.append(Check(f"memory: {what}", "problem" if remedy else "ok", found, remedy))
     return checks
@@ -294,8 +313,8 @@ def disk_checks(config: Config, total: int, live: int, folder: Path, free: int, 
     why = FILE_SYSTEMS.get(kind, "")
     checks.append(Check("checkpoints: file system", "note" if why else "ok", kind, why))
     if total:
-        # fp32 weights and two moments of what is live; the new one is written before the oldest goes.
-        one = 12 * live + (2 if zero(config)[2] else 4) * (total - live)
+        # fp32 weights and the moments of what is live; the new one is written before the oldest goes.
+        one = math.ceil((4 + moment_bytes(config)) * live) + (2 if zero(config)[2] else 4) * (total - live)
         need, shard = (keep + 1) * one, min(shard, one)
         found = f"{size(one)} each, {keep} kept while one is written: {size(need)} of {size(free)} free"
         remedy = "" if need <= free else "make room, --set run.output_dir=…, or a smaller checkpoint.keep"

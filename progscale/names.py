@@ -8,30 +8,32 @@ entry points.
 from __future__ import annotations
 
 from importlib.metadata import entry_points
+from typing import Any
 
 from pydantic import ValidationError
 
 from progscale.config import Config, Option
 from progscale.config.faults import from_pydantic
 from progscale.config.kinds import type_text
-from progscale.config.schema import GLUE_TASKS, SQUAD_TASKS
+from progscale.config.schema import ADAM_OPTIMIZERS, GLUE_TASKS, LION_OPTIMIZERS, SQUAD_TASKS
 from progscale.errors import Fault, nearest
 from progscale.methods import METHODS
-from progscale.registry import registered
+from progscale.models.family import FAMILIES
+from progscale.registry import Registry, registered
+from progscale.schedule import SCHEDULES
 
+# Registries whose modules import no torch answer for themselves.
+LIGHT: dict[str, Registry[Any]] = {registry.group: registry for registry in (METHODS, FAMILIES, SCHEDULES)}
 BUILT_IN = {
     "progscale.tasks": ("demo", *GLUE_TASKS, *SQUAD_TASKS, "table"),
-    "progscale.methods": tuple(METHODS.names()),
-    "progscale.schedules": ("custom", "growing", "none", "progtuning", "weighted", "without_low_blocks"),
-    "progscale.families": (
-        *("albert", "bert", "big_bird", "deberta", "deberta-v2", "distilbert", "electra", "ernie", "generic", "longformer"),
-        *("modernbert", "mpnet", "roberta", "xlm-roberta-xl"),
-    ),
+    "progscale.optimizers": (*ADAM_OPTIMIZERS, *LION_OPTIMIZERS),
 }
 
 
 def known(group: str) -> list[str]:
     """Names of an entry-point group: built in, from other installed packages, and what a plug-in has registered."""
+    if group in LIGHT:
+        return LIGHT[group].names()
     return sorted({*BUILT_IN[group], *(point.name for point in entry_points(group=group)), *registered(group)})
 
 
@@ -46,6 +48,7 @@ def name_faults(config: Config) -> list[Fault]:
         ("method.name", config.method.name, "progscale.methods"),
         ("model.family", config.model.family, "progscale.families"),
         ("schedule.name", config.schedule.name, "progscale.schedules"),
+        ("optimizer.name", config.optimizer.name, "progscale.optimizers"),
     ):
         if given is None or given in (allowed := known(group)):
             continue
@@ -82,7 +85,7 @@ def method_options() -> list[Option]:
     for name, method in sorted(METHODS.items()):
         for key, field in method.Options.model_fields.items():
             default = field.get_default(call_default_factory=True)
-            found.append(Option(f"method.options.{key} ({name})", type_text(field), default, field.description or ""))
+            found.append(Option(f"method.options.{key}[{name}]", type_text(field), default, field.description or ""))
     return found
 
 

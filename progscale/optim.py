@@ -1,4 +1,4 @@
-"""Stage → param groups → optimizer: one pure description, from which every engine builds the stage anew.
+"""Stage → param groups: one pure description, from which every engine builds the stage and its optimizer anew.
 
 One param group for each (part, weight decay), where a part is a set of blocks that are live in the same stages. A
 part that freezes later therefore never shares a flat ZeRO buffer with another, and a surviving group is flattened and
@@ -7,18 +7,13 @@ sharded alike before and after a switch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import Any
 
 from progscale.blocks import ParameterInfo, Partition
 from progscale.methods import Method, live_parameters
 from progscale.schedule import Stage
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 
 @dataclass(frozen=True)
@@ -96,33 +91,3 @@ def _part_name(infos: Sequence[ParameterInfo]) -> str:
         return infos[0].part
     blocks = [info.block for info in infos if info.block is not None]
     return f"{infos[0].stack} {min(blocks)}-{max(blocks)}"
-
-
-@dataclass(frozen=True)
-class AdamW:
-    """AdamW's settings.
-
-    Attributes:
-        betas: decay rates of the moments.
-        eps: added to the root of the second moment.
-        fused: one kernel for all tensors; None takes it where the device has it.
-    """
-
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    fused: bool | None = None
-
-    def build(self, parameters: Mapping[str, torch.nn.Parameter], groups: Sequence[GroupSpec]) -> torch.optim.Optimizer:
-        """A fresh optimizer over `groups`; the learning rate is set before each step."""
-        param_groups: list[dict[str, Any]] = [
-            {"params": [parameters[name] for name in group.names], "weight_decay": group.weight_decay} for group in groups
-        ]
-        fused = self.fused
-        if fused is None:
-            fused = fused_available(parameter for group in param_groups for parameter in group["params"])
-        return torch.optim.AdamW(param_groups, lr=0.0, betas=self.betas, eps=self.eps, fused=fused)
-
-
-def fused_available(parameters: Iterable[torch.Tensor]) -> bool:
-    """Whether torch has a fused AdamW for the device of every tensor."""
-    return all(parameter.device.type in {"cpu", "cuda", "xpu", "mps"} for parameter in parameters)

@@ -360,11 +360,12 @@ def state_bytes(
     zero_stage: int = 0,
     world_size: int = 1,
     autocast: bool = False,
+    moment_bytes: float = 8,
 ) -> StateBytes:
-    """Bytes on one rank for weights, gradients and the state of AdamW.
+    """Bytes on one rank for weights, gradients and the state of the optimizer.
 
-    A trained parameter costs 16 bytes, a frozen one 2 (mixed precision) or 4 (float32). Mixed precision keeps half
-    weights and half gradients, with float32 masters and two moments in the optimizer.
+    With AdamW a trained parameter costs 16 bytes, a frozen one 2 (mixed precision) or 4 (float32). Mixed precision keeps
+    half weights and half gradients, with float32 masters and the moments in the optimizer.
 
     Args:
         total_parameters: elements of the whole model.
@@ -373,6 +374,7 @@ def state_bytes(
         zero_stage: 0 to 3: 1 splits the optimizer's state over ranks, 2 the gradients too, 3 the weights too.
         world_size: ranks.
         autocast: weights stay in float32 and only the computation is in `precision`.
+        moment_bytes: of the optimizer's moments for one element (`Optimizer.state_bytes_per_element`).
 
     Raises:
         ValueError: a ZeRO stage or world size that does not exist.
@@ -382,7 +384,7 @@ def state_bytes(
     if world_size < 1:
         raise ValueError(f"world_size {world_size}; at least 1 is needed")
     whole = precision == "fp32" or autocast
-    width, optimizer_width = (4, 8) if whole else (2, 12)
+    width, optimizer_width = (4, moment_bytes) if whole else (2, 4 + moment_bytes)
 
     def split(size: int, from_stage: int) -> int:
         return -(-size // world_size) if zero_stage >= from_stage else size
@@ -390,7 +392,7 @@ def state_bytes(
     return StateBytes(
         weights=width * split(total_parameters, 3),
         gradients=width * split(trainable_parameters, 2),
-        optimizer=optimizer_width * split(trainable_parameters, 1),
+        optimizer=math.ceil(optimizer_width * split(trainable_parameters, 1)),
     )
 
 

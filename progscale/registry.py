@@ -1,4 +1,4 @@
-"""Names to things that users can add: model families, methods, schedules, tasks.
+"""Names to things that users can add: model families, methods, schedules, optimizers, tasks.
 
 `@register("name")` stands in the file that defines the thing; a package of somebody else's does the same
 through an entry point of the registry's group, whose module is imported when names are first looked up.

@@ -171,7 +171,8 @@ def check_same_run(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
     """
     theirs = check_state(checkpoint.path, checkpoint.state).run
     ours = json.loads(json.dumps(identity))
-    different = [key for key in sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key)]
+    # An older release may have no such option: `{}` asks for nothing.
+    different = [key for key in sorted({*theirs, *ours}) if theirs.get(key, {}) != ours.get(key, {})]
     # What follows from other options is news only where they are alike (somebody's own schedule, other data).
     told = [key for key in different if key not in DERIVED] or different
     if told:

@@ -7,7 +7,7 @@ import gc
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -170,10 +170,17 @@ class Session:
             check_fits(checkpoint, self.engine)
             load_weights(checkpoint, self.engine)
             switch = self.engine.begin_stage(build)
-            load_optimizer(checkpoint, self.engine)
+            requantized = load_optimizer(checkpoint, self.engine)
+            switch = replace(switch, requantized=switch.requantized + requantized)
             if checkpoint.state["loss_scale"] is not None and self.engine.scales_loss:
                 self.engine.load_scaler_state(checkpoint.state["loss_scale"])
         self.saver.reserve()
+        if switch.requantized:
+            self.console.show(
+                f"stage {build.stage.index}: {switch.requantized} values of the optimizer's 8-bit state were quantised anew, "
+                "their blocks lie elsewhere than before: the run goes on close to one that was never moved, not equal to it"
+            )
+            self.log("requantized", stage=build.stage.index, values=switch.requantized)
         return switch
 
     def builds_from(self, stage: int) -> tuple[StageBuild, ...]:
@@ -378,7 +385,7 @@ class Session:
         """What figures depend on: versions, device, threads, precision, seed."""
         device = self.engine.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-        packages = ("torch", "transformers", "accelerate", "deepspeed")
+        packages = ("torch", "transformers", "accelerate", "deepspeed", "bitsandbytes")
         return {
             "seed": self.config.run.seed,
             "precision": self.config.train.precision,

@@ -35,7 +35,8 @@ from progscale.models.loading import build_meta, check_weights, find_family
 from progscale.models.saving import save_whole
 from progscale.models.tokenizers import check_tokenizer, drop_token_types, load_tokenizer
 from progscale.names import method_faults, with_options
-from progscale.optim import AdamW, build_for
+from progscale.optim import build_for
+from progscale.optimizers import OPTIMIZERS, Optimizer, Request
 from progscale.plan import Plan, check_shared_blocks, make_plan, render_plan, schedule_options
 from progscale.resume import FOLDER as CHECKPOINTS
 from progscale.resume import POLICIES, Resumed, derive_stage, find_checkpoint, identity_of
@@ -108,6 +109,9 @@ def prepare(
     task, family = found.task, found.family
     accelerator = join_ranks(config, {"--resume": resume, "--dry-run": dry_run, **asdict(permissions)})
     console = RunConsole(accelerator.is_main_process)
+    notice = optimizer_of(config).check(torch.device(accelerator.device))
+    if notice is not None:
+        console.show(notice)
     splits, padding = task.tokenize(found.tokenizer, config.train.max_length), pad_values(found.tokenizer)
     model_config = getattr(found.skeleton, "config", None)
     min_tokens = 1 if family.min_tokens is None else family.min_tokens(model_config)
@@ -265,7 +269,7 @@ def base_folder(config: Config) -> Path:
 
 def make_engine(config: Config, found: Inputs, method: Method[Any], accelerator: Any) -> Engine:
     """The model with its weights, in the engine that the config asks for. A collective."""
-    train, optimizer, deepspeed = config.train, config.optimizer, config.engine.deepspeed
+    train, deepspeed = config.train, config.engine.deepspeed
     # Every rank needs the same weights, also those of a new head.
     torch.manual_seed(config.run.seed)
     dtype = PARAMETER_DTYPES.get(train.precision, torch.float32)
@@ -280,7 +284,7 @@ def make_engine(config: Config, found: Inputs, method: Method[Any], accelerator:
     module.train()
     settings = EngineSettings(
         precision=train.precision,
-        optimizer=AdamW((optimizer.betas[0], optimizer.betas[1]), optimizer.eps, train.fused_optimizer),
+        optimizer=optimizer_of(config),
         max_grad_norm=train.max_grad_norm,
         micro_batch_size=micro_batch_size(config, int(accelerator.num_processes)),
     )
@@ -292,6 +296,18 @@ def save_base(module: torch.nn.Module, tokenizer: Any, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_whole(module, {name: value.detach() for name, value in module.state_dict().items()}, folder)
     tokenizer.save_pretrained(folder)
+
+
+def optimizer_of(config: Config) -> Optimizer:
+    """The optimizer that the config names.
+
+    Raises:
+        RegistryError: there is none of that name.
+        ConfigError: an option that it does not have.
+    """
+    section = config.optimizer
+    request = Request((section.betas[0], section.betas[1]), section.eps, config.train.fused_optimizer, section.options)
+    return OPTIMIZERS.get(section.name).of(request)
 
 
 def check_metric(config: Config, permissions: Permissions) -> None:
@@ -475,7 +491,7 @@ def check_unfinished(config: Config, path: Path) -> None:
         return
     ours = dump_config(config)
     sections = {name: part for name, part in theirs.items() if isinstance(part, dict)} if isinstance(theirs, dict) else {}
-    if all(sections.get(section, {}).get(key) == ours[section][key] for section, key in decisive_keys(config)):
+    if all(sections.get(section, {}).get(key, {}) == ours[section][key] for section, key in decisive_keys(config)):
         (path / PREEMPTED).unlink(missing_ok=True)  # of a signal while it was started: there is nothing to start again
         raise FinishedError(f"the run in {path} has ended: see summary.json there (--resume never makes it anew)")
 

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 from safetensors import SafetensorError
 
 from progscale.checkpoint.manifest import STATE, Manifest, check_hash, check_sizes, parse_json, read_manifest, read_small
-from progscale.checkpoint.shards import WEIGHT, Stored, index_shard, open_shard
+from progscale.checkpoint.shards import WEIGHT, Stored, check_scales, index_shard, open_shard
 from progscale.engine import ranks
 from progscale.engine.base import Engine
-from progscale.engine.state import write_slice
+from progscale.engine.state import Filling
 from progscale.errors import RejectedError
 
 T = TypeVar("T")
@@ -63,17 +63,18 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def verify(checkpoint: Checkpoint, share: Sequence[str] | None = None) -> None:
-    """Hashes the files and checks that their ranges make up every parameter exactly once.
+    """Hashes the files, looks at the scales of 8-bit codes, and checks that the ranges make up every parameter exactly once.
 
     Args:
         checkpoint: opened.
-        share: hash these files only (a rank's share); the ranges are always checked.
+        share: read these files only (a rank's share); the ranges are always checked.
 
     Raises:
         RejectedError: naming the file or the parameter.
     """
     for name in checkpoint.shard_names if share is None else share:
         check_hash(checkpoint.path, name, checkpoint.manifest.files[name])
+        check_scales(checkpoint.path, name)
     check_cover(checkpoint, index(checkpoint))
 
 
@@ -178,25 +179,30 @@ def _load_weights(checkpoint: Checkpoint, engine: Engine) -> None:
             held[first - start : last - start].copy_(next(iter(piece.tensors.values())))
 
 
-def load_optimizer(checkpoint: Checkpoint, engine: Engine) -> None:
+def load_optimizer(checkpoint: Checkpoint, engine: Engine) -> int:
     """Gives the optimizer of the engine's stage the stored masters, moments and step counts, on this rank.
 
     What froze in this stage is left aside, and what thawed in it has no state: just as at a switch. A collective.
 
+    Returns:
+        Values of moments in 8 bits that were quantised anew, over all ranks: 0 where every block holds the elements that it held
+        when it was saved, as under the same engine on as many ranks.
+
     Raises:
         RejectedError: on all ranks, when one of them cannot read it.
     """
-    _on_all(checkpoint.path, lambda: _load_optimizer(checkpoint, engine))
+    return engine.over_partitions(_on_all(checkpoint.path, lambda: _load_optimizer(checkpoint, engine)))
 
 
-def _load_optimizer(checkpoint: Checkpoint, engine: Engine) -> None:
-    shards = engine.shards()
-    places = [(piece.name, piece.start, piece.end, shard) for shard in shards for piece in shard.pieces]
+def _load_optimizer(checkpoint: Checkpoint, engine: Engine) -> int:
+    filling = Filling(engine.shards())
     for file, part in _walk(checkpoint):
-        for name, start, end, shard in places:
-            first, last = max(start, part.start), min(end, part.end)
-            if name == part.name and first < last:
-                write_slice([shard], part.cut(file, first, last))
+        for first, last in filling.wanted(part.name, part.start, part.end):
+            try:
+                filling.write(part.cut(file, first, last))
+            except ValueError as error:
+                raise RejectedError(checkpoint.path, f"{part.path.name}: {error}") from error
+    return filling.finish()
 
 
 def _walk(checkpoint: Checkpoint) -> Iterator[tuple[Any, Stored]]:

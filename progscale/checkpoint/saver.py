@@ -197,13 +197,14 @@ class Saver:
             return None
         offset, copies = 0, []
         for part in slices:
-            tensors = {}
-            for kind, tensor in part.tensors.items():
+            places = []
+            for tensor in part.all_tensors():
                 size = tensor.numel() * tensor.element_size()
-                tensors[kind] = self._copy[offset : offset + size].view(tensor.dtype)
-                tensors[kind].copy_(tensor.detach().view(-1), non_blocking=True)
+                places.append(self._copy[offset : offset + size].view(tensor.dtype))
+                places[-1].copy_(tensor.detach().view(-1), non_blocking=True)
                 offset += _aligned(size)
-            copies.append(Slice(part.name, part.start, part.end, tensors, part.scalars))
+            next_place = iter(places)
+            copies.append(part.map(lambda _, places=next_place: next(places)))  # type: ignore[misc]
         if self._engine.device.type == "cuda":
             torch.cuda.synchronize(self._engine.device)
         return iter(copies)
@@ -227,9 +228,11 @@ class Saver:
             return
         assert self._engine.build is not None
         slices, live = list(self._engine.own_slices()), set(self._engine.build.live)
-        # Moments come with the first step: two of fp32.
-        coming = [part for part in slices if part.name in live and not {"exp_avg", "exp_avg_sq"} & set(part.tensors)]
-        size = _room(slices) + sum(2 * _aligned(4 * (part.end - part.start)) for part in coming)
+        # Moments come with the first step.
+        optimizer = self._engine.settings.optimizer
+        coming = [part for part in slices if part.name in live and not set(optimizer.moments) & set(part.tensors)]
+        sizes = (size for part in coming for size in optimizer.moment_bytes(part.end - part.start))
+        size = _room(slices) + sum(map(_aligned, sizes))
         if size <= self._copy.numel():
             return
 
@@ -253,7 +256,7 @@ class Saver:
 
 def _room(slices: Iterable[Slice]) -> int:
     """Bytes that copies of the slices' tensors take in one buffer."""
-    return sum(_aligned(tensor.numel() * tensor.element_size()) for part in slices for tensor in part.tensors.values())
+    return sum(_aligned(tensor.numel() * tensor.element_size()) for part in slices for tensor in part.all_tensors())
 
 
 def _aligned(size: int) -> int:

@@ -2,7 +2,9 @@
 
 A tensor in a file is one flat range of one parameter: its key is `kind/start/parameter`, where kind is "weight" (what
 the optimizer steps: fp32 masters under mixed precision; the model's own bits where it is frozen) or the optimizer's own
-name ("exp_avg"). Numbers that the optimizer keeps for a whole tensor ("step") stand in the file's metadata.
+name ("exp_avg"). Beside 8-bit codes (uint8) stand the float32 scales of the blocks of 256 elements that they lie in:
+`scales:PHASE:kind/start/parameter`, where PHASE is how far into its block the range begins. Numbers that the optimizer keeps for
+a whole tensor ("step") stand in the file's metadata.
 """
 
 from __future__ import annotations
@@ -22,11 +24,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from progscale.checkpoint.manifest import FileInfo
-from progscale.engine.state import MASTER, Slice
+from progscale.engine.state import MASTER, Scales, Slice, blocks
 from progscale.errors import RejectedError
+from progscale.optimizers import BLOCK
 
 WEIGHT = "weight"
 SCALARS = "scalars"
+SCALES = "scales"
 
 
 @dataclass
@@ -42,7 +46,11 @@ class Shard:
         for kind, tensor in part.tensors.items():
             kind = WEIGHT if kind == MASTER else kind
             self.tensors[f"{kind}/{part.start}/{part.name}"] = tensor.detach().cpu()
-            self.bytes += tensor.numel() * tensor.element_size()
+        for kind, scales in part.scales.items():
+            # A copy: neighbours share the block between them, and safetensors takes no two views of the same memory.
+            values = scales.values.detach().cpu().clone()
+            self.tensors[f"{SCALES}:{scales.phase}:{kind}/{part.start}/{part.name}"] = values
+        self.bytes += slice_bytes(part)
         if part.scalars:
             self.scalars[part.name] = dict(part.scalars)
 
@@ -70,18 +78,20 @@ def shards_of(slices: Iterable[Slice], limit_bytes: int) -> Iterator[Shard]:
 
 
 def slice_bytes(part: Slice) -> int:
-    """Bytes of all tensors of a slice."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in part.tensors.values())
+    """Bytes of all tensors of a slice, its scales counted."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in part.all_tensors())
 
 
 def _cut(part: Slice, limit_bytes: int) -> Iterator[Slice]:
     count = part.end - part.start
-    by_element = max(1, slice_bytes(part) // max(1, count))
-    width = max(1, limit_bytes // by_element)
+    by_element = sum(tensor.element_size() for tensor in part.tensors.values())
+    # A range of so many elements touches one block more than fit into it, and two where it begins inside one.
+    of_blocks = 4 * len(part.scales)
+    width = max(1, (limit_bytes - 2 * of_blocks) * BLOCK // (by_element * BLOCK + of_blocks))
+    if slice_bytes(part) <= limit_bytes:
+        width = max(1, count)
     for first in range(0, count, width):
-        last = min(count, first + width)
-        tensors = {kind: tensor[first:last] for kind, tensor in part.tensors.items()}
-        yield Slice(part.name, part.start + first, part.start + last, tensors, part.scalars)
+        yield part.cut(first, min(count, first + width))
 
 
 def write_shard(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> FileInfo:
@@ -123,6 +133,7 @@ class Stored:
     Attributes:
         keys: kind → key in the file.
         scalars: of the parameter.
+        scales: kind → key of its scales and phase, where it is in 8-bit codes.
     """
 
     path: Path
@@ -131,6 +142,7 @@ class Stored:
     end: int
     keys: Mapping[str, str]
     scalars: Mapping[str, float]
+    scales: Mapping[str, tuple[str, int]] = field(default_factory=dict)
 
     def cut(self, file: Any, start: int, end: int, kinds: Iterable[str] | None = None) -> Slice:
         """Elements `start` to `end` of the parameter, read from the open file."""
@@ -139,7 +151,13 @@ class Stored:
             for kind, key in self.keys.items()
             if kinds is None or kind in kinds
         }
-        return Slice(self.name, start, end, tensors, self.scalars)
+        scales = {}
+        for kind, (key, phase) in self.scales.items():
+            if kind in tensors:
+                first = phase + start - self.start
+                values = file.get_slice(key)[first // BLOCK : blocks(first + end - start)]
+                scales[kind] = Scales(values, first % BLOCK)
+        return Slice(self.name, start, end, tensors, self.scalars, scales)
 
 
 def open_shard(path: Path) -> Any:
@@ -157,23 +175,64 @@ def index_shard(folder: Path, name: str) -> list[Stored]:
     try:
         with open_shard(path) as file:
             scalars = json.loads((file.metadata() or {}).get(SCALARS, "{}"))
-            sizes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (no mapping)
-        return _group(path, sizes, scalars)
+            headers = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+            kinds = {key: (header.get_shape(), header.get_dtype()) for key, header in headers.items()}
+        return _group(path, kinds, scalars)
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise RejectedError(folder, f"{name} is damaged: {type(error).__name__}: {error}") from error
 
 
-def _group(path: Path, sizes: Mapping[str, list[int]], scalars: Mapping[str, Mapping[str, float]]) -> list[Stored]:
-    groups: dict[tuple[str, int], dict[str, str]] = {}
+def check_scales(folder: Path, name: str) -> None:
+    """Reads the scales of a file's 8-bit codes.
+
+    Raises:
+        RejectedError: one is negative or not finite, which no optimizer writes and every later step would spread.
+    """
+    keys = [(part.name, kind, key) for part in index_shard(folder, name) for kind, (key, _) in part.scales.items()]
+    with open_shard(folder / name) as file:
+        for parameter, kind, key in keys:
+            values = file.get_tensor(key)
+            if not bool((values.isfinite() & (values >= 0)).all()):
+                raise RejectedError(folder, f"{name} is damaged: a scale of {kind} of {parameter} is negative or not finite")
+
+
+def _group(path: Path, tensors: Mapping[str, tuple[list[int], str]], scalars: Mapping[str, Mapping[str, float]]) -> list[Stored]:
+    keys: dict[tuple[str, int], dict[str, str]] = {}
+    scales: dict[tuple[str, int], dict[str, tuple[str, int]]] = {}
     ends: dict[tuple[str, int], int] = {}
-    for key, shape in sizes.items():
+    for key, (shape, _) in tensors.items():
         kind, start_text, parameter = key.split("/", 2)
         (numel,) = shape
-        start = int(start_text)
-        if start < 0 or ends.setdefault((parameter, start), start + numel) != start + numel:
+        place = (parameter, int(start_text))
+        if place[1] < 0:
+            raise ValueError(f"a range of {parameter} begins at {place[1]}")
+        if kind.startswith(f"{SCALES}:"):
+            _, phase_text, kind = kind.split(":", 2)
+            scales.setdefault(place, {})[kind] = (key, int(phase_text))
+        elif ends.setdefault(place, place[1] + numel) != place[1] + numel:
             raise ValueError(f"the ranges of {parameter} do not fit")
-        groups.setdefault((parameter, start), {})[kind] = key
+        else:
+            keys.setdefault(place, {})[kind] = key
+    for place, found in scales.items():
+        for kind, (key, phase) in found.items():
+            codes = keys.get(place, {}).get(kind)
+            if codes is None or tensors[codes][1] != "U8":
+                raise ValueError(f"scales without codes: {key}")
+            if not 0 <= phase < BLOCK or tensors[key] != ([blocks(phase + ends[place] - place[1])], "F32"):
+                raise ValueError(f"the scales of {kind} of {place[0]} do not fit its codes")
+    for place, kinds in keys.items():
+        for kind, key in kinds.items():
+            if tensors[key][1] == "U8" and kind != WEIGHT and kind not in scales.get(place, {}):
+                raise ValueError(f"codes without scales: {key}")
     return [
-        Stored(path, parameter, start, ends[parameter, start], keys, {k: float(v) for k, v in scalars.get(parameter, {}).items()})
-        for (parameter, start), keys in groups.items()
+        Stored(
+            path,
+            parameter,
+            start,
+            ends[parameter, start],
+            kinds,
+            {key: float(value) for key, value in scalars.get(parameter, {}).items()},
+            scales.get((parameter, start), {}),
+        )
+        for (parameter, start), kinds in keys.items()
     ]

@@ -6,7 +6,16 @@ from itertools import pairwise
 from typing import Any, Protocol
 
 from progscale.config.read import KeyPath, dotted, show
-from progscale.config.schema import GLUE_TASKS, MOST_STAGES, SQUAD_TASKS, Config
+from progscale.config.schema import (
+    ADAM_OPTIMIZERS,
+    GLUE_TASKS,
+    LION_OPTIMIZERS,
+    MOST_STAGES,
+    PAGED_OPTIMIZERS,
+    SQUAD_TASKS,
+    Config,
+    Section,
+)
 from progscale.errors import Fault
 
 SOURCES = ("hub", "train_file", "validation_file")
@@ -64,7 +73,11 @@ class _Checks:
         """Whether an option differs from its default."""
         section, name = key.split(".")
         group = getattr(self.config, section)
-        return bool(getattr(group, name) != type(group).model_fields[name].get_default(call_default_factory=True))
+        return bool(getattr(group, name) != _default(type(group), name))
+
+
+def _default(section: type[Section], name: str) -> Any:
+    return section.model_fields[name].get_default(call_default_factory=True)
 
 
 def cross_faults(config: Config, values: Values, bad: set[KeyPath]) -> list[Fault]:
@@ -99,6 +112,35 @@ def _optimizer(checks: _Checks) -> None:
             f"{checks.value('optimizer.final_lr_fraction')} has no meaning with lr_schedule 'constant'; remove it",
             "optimizer.lr_schedule",
         )
+    unused = ["optimizer.eps"] if optimizer.name in LION_OPTIMIZERS else []
+    unused += ["train.fused_optimizer"] if optimizer.name in (*ADAM_OPTIMIZERS[1:], *LION_OPTIMIZERS) else []
+    for key in filter(checks.given, unused):
+        section, name = key.split(".")
+        default = show(_default(type(getattr(checks.config, section)), name))
+        checks.fault(
+            key,
+            f"{checks.value(key)} is not used by {checks.got('optimizer.name')}; remove it or set it to {default}",
+            "optimizer.name",
+        )
+    if optimizer.name in (*ADAM_OPTIMIZERS, *LION_OPTIMIZERS) and optimizer.options:
+        checks.fault(
+            "optimizer.options", f"no options for {checks.got('optimizer.name')}: it takes none; remove them", "optimizer.name"
+        )
+    if optimizer.name in PAGED_OPTIMIZERS and _offloads_optimizer(checks.config.engine.deepspeed):
+        checks.fault(
+            "optimizer.name",
+            f"{checks.value('optimizer.name')} pages its state out of a GPU's memory, where zero_optimization.offload_optimizer"
+            f"{checks.values.where(('engine', 'deepspeed', 'zero_optimization', 'offload_optimizer'))} never puts it; "
+            f"take {show(optimizer.name.removeprefix('paged_'))}, or no offload",
+            "engine.deepspeed",
+        )
+
+
+def _offloads_optimizer(deepspeed: Any) -> bool:
+    """Whether a DeepSpeed JSON, perhaps with faults of its own, keeps the optimizer's state in the CPU's memory."""
+    zero = deepspeed.get("zero_optimization") if isinstance(deepspeed, dict) else None
+    block = zero.get("offload_optimizer") if isinstance(zero, dict) else None
+    return isinstance(block, dict) and block.get("device", "none") != "none"
 
 
 def _schedule(checks: _Checks) -> None:

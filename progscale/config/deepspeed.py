@@ -19,7 +19,8 @@ from progscale.errors import Fault, nearest
 PREFIX = ("engine", "deepspeed")
 Where = Callable[[KeyPath], str]
 
-_OPTIMIZERS = ("Adam", "AdamW")
+# DeepSpeed's Adam is AdamW too. It has no optimizer with state in 8 bits.
+_OPTIMIZERS = {"Adam": "adamw", "AdamW": "adamw", "Lion": "lion"}
 _OPTIMIZER_PARAMS = ("lr", "betas", "eps", "weight_decay")
 _CURVES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 _PRECISIONS = {"fp16": "fp16", "bf16": "bf16_params", "bfloat16": "bf16_params"}
@@ -123,17 +124,18 @@ class _Reader:
     def optimizer(self, value: Any) -> None:
         block = self.object("optimizer", value)
         kind = block.get("type", "AdamW")
-        if not isinstance(kind, str) or kind.lower() not in ("adam", "adamw"):
+        name = {known.lower(): ours for known, ours in _OPTIMIZERS.items()}.get(kind.lower() if isinstance(kind, str) else "")
+        if name is None:
             self.fault(
                 "optimizer.type",
-                f"{show(kind)} (from {self.source}) is not supported; allowed: {' and '.join(_OPTIMIZERS)}, which both "
-                f"mean AdamW, as in DeepSpeed",
+                f"{show(kind)} (from {self.source}) is not supported; allowed: Adam and AdamW, which both mean AdamW, as in "
+                f"DeepSpeed, and Lion; others, optimizer.name has",
             )
         elif "type" in block:
-            self.take(("optimizer", "name"), "adamw", "optimizer.type")
+            self.take(("optimizer", "name"), name, "optimizer.type")
         self._only("optimizer", block, ("type", "params"))
         params = self.object("optimizer.params", block.get("params", {}))
-        self._only("optimizer.params", params, _OPTIMIZER_PARAMS)
+        self._only("optimizer.params", params, [key for key in _OPTIMIZER_PARAMS if key != "eps" or name != "lion"])
         for name in _OPTIMIZER_PARAMS:
             if name in params:
                 self.take(("optimizer", name), params[name], f"optimizer.params.{name}")

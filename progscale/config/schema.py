@@ -1,6 +1,6 @@
 """What a run is: one class for each section, every option with its unit, range and default.
 
-Names that users can register (task, method, schedule, model family) are plain strings here: who holds the
+Names that users can register (task, method, schedule, optimizer, model family) are plain strings here: who holds the
 registry checks them.
 """
 
@@ -10,7 +10,7 @@ import math
 import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 # Far above any real run, far below what a float or an int64 holds exactly.
@@ -27,6 +27,9 @@ NAME_BYTES, FOLDER_BYTES = 255, 3000
 
 GLUE_TASKS = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")
 SQUAD_TASKS = ("squad-v1", "squad-v2")
+PAGED_OPTIMIZERS = ("paged_adamw", "paged_adamw_8bit")
+ADAM_OPTIMIZERS = ("adamw", "adamw_8bit", *PAGED_OPTIMIZERS)
+LION_OPTIMIZERS = ("lion", "lion_8bit")
 
 
 class Section(BaseModel):
@@ -168,13 +171,19 @@ class Schedule(Section):
 class Optimizer(Section):
     """The optimizer and its learning-rate curve, a closed form of the optimizer step."""
 
-    name: Literal["adamw"] = Field(default="adamw", description="the optimizer")
+    name: Text = Field(
+        default="adamw",
+        description="adamw; adamw_8bit (2 bytes of state for each element instead of 8); paged_adamw, paged_adamw_8bit (state "
+        "may leave a full GPU); lion (4 bytes; wants a third to a tenth of AdamW's lr), lion_8bit (1 byte); or registered",
+    )
     lr: float = Field(default=2e-5, gt=0, le=100, description="learning rate after warm-up (the demo alone: 5e-4)")
     weight_decay: float = Field(default=0.01, ge=0, le=100, description="decoupled weight decay")
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = Field(
-        default=[0.9, 0.999], description="decay rates of Adam's two moments"
+        default=[0.9, 0.999],
+        description="decay rates of Adam's two moments; of Lion's update and its moment, where they are 0.9 and 0.99",
     )
-    eps: float = Field(default=1e-8, gt=0, le=1, description="added to Adam's denominator")
+    eps: float = Field(default=1e-8, gt=0, le=1, description="added to Adam's denominator; lion has none")
+    options: dict[str, Any] = Field(default_factory=dict, description="options of an optimizer from another package")
     decay_bias_and_norm: bool = Field(default=False, description="apply weight decay to biases and normalisation weights too")
     lr_schedule: Literal["linear", "cosine", "polynomial", "constant"] = Field(
         default="linear", description="shape of the curve after warm-up"
@@ -186,6 +195,14 @@ class Optimizer(Section):
     final_lr_fraction: float = Field(default=0.0, ge=0, le=1, description="share of lr that is left at the last step")
     power: float = Field(default=1.0, gt=0, le=100, description="exponent of the polynomial curve")
     restart_each_stage: bool = Field(default=False, description="begin the whole curve anew in each stage")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _betas_of_lion(cls, values: Any) -> Any:
+        """Lion's own betas (arXiv 2302.06675), where none are given: its second one stands for something else than Adam's."""
+        if isinstance(values, dict) and values.get("name") in LION_OPTIMIZERS:
+            return {"betas": [0.9, 0.99], **values}
+        return values
 
 
 class Train(Section):
@@ -219,7 +236,7 @@ class Train(Section):
     evaluate: Literal["epoch", "stage", "end"] = Field(default="epoch", description="when to evaluate; always at the end")
     save_model: Literal["best", "last", "none"] = Field(default="best", description="which weights go to the model folder")
     nonfinite: str = Field(default="stop", description="NaN or infinite loss or gradient: stop, or skip:N steps in a row")
-    fused_optimizer: bool | None = Field(default=None, description="torch's fused kernel; null: where the device has one")
+    fused_optimizer: bool | None = Field(default=None, description="adamw: torch's fused kernel; null: where the device has one")
 
     @field_validator("nonfinite")
     @classmethod

@@ -20,7 +20,8 @@ import xxhash
 from progscale.engine import ranks
 from progscale.engine.state import MASTER, Shard, Slice, deal, match_shards, move_shard, redistribute, slices_of
 from progscale.layers import quantisation_tensors
-from progscale.optim import AdamW, StageBuild
+from progscale.optim import StageBuild
+from progscale.optimizers import AdamW, Optimizer
 
 T = TypeVar("T")
 
@@ -51,13 +52,13 @@ class EngineSettings:
     Attributes:
         precision: "fp32"; "bf16": fp32 parameters under bf16 autocast; "bf16_params": bf16 parameters with fp32 masters
             (DeepSpeed); "fp16": autocast with a loss scale (one GPU, DDP), fp16 parameters under DeepSpeed.
-        optimizer: AdamW's settings.
+        optimizer: its settings.
         max_grad_norm: clip the global gradient norm; None leaves it.
         micro_batch_size: rows of a micro-batch at most (DeepSpeed wants a number in its config).
     """
 
     precision: Precision = "fp32"
-    optimizer: AdamW = field(default_factory=AdamW)
+    optimizer: Optimizer = field(default_factory=AdamW)
     max_grad_norm: float | None = 1.0
     micro_batch_size: int = 1
 
@@ -70,11 +71,13 @@ class Switch:
         rebuilt: False when the stage trains just what the one before did.
         seconds: wall time.
         carried: how the state moved: "none" (nothing to move), "shards" (rank-local) or "slices".
+        requantized: values of moments in 8 bits, over all ranks, that were quantised anew on their way as slices.
     """
 
     rebuilt: bool
     seconds: float
     carried: Literal["none", "shards", "slices"]
+    requantized: int = 0
 
 
 @dataclass(frozen=True)
@@ -160,10 +163,10 @@ class Engine(ABC):
         self._set_trainable(build)
         self.build = build
         self._build(build)
-        carried = self._carry(old)
+        carried, requantized = self._carry(old)
         if scale is not None:
             self.load_scaler_state(scale)
-        return Switch(True, time.perf_counter() - start, carried)
+        return Switch(True, time.perf_counter() - start, carried, requantized)
 
     def _forget_prepared(self) -> None:
         """Lets Accelerate drop the old stage's model and optimizer, and collects the cycles that keep them alive."""
@@ -178,7 +181,8 @@ class Engine(ABC):
             parameter.requires_grad_(name in live)
             parameter.grad = None
 
-    def _carry(self, old: Sequence[Shard]) -> Literal["none", "shards", "slices"]:
+    def _carry(self, old: Sequence[Shard]) -> tuple[Literal["none", "shards", "slices"], int]:
+        """How the state moved, and how many values were quantised anew."""
         new = self.shards()
         pairs = match_shards(old, new)
         # One rank alone cannot decide: the slice path is a collective.
@@ -186,9 +190,9 @@ class Engine(ABC):
             assert pairs is not None
             for source, target in pairs:
                 move_shard(source, target)
-            return "shards" if pairs else "none"
-        redistribute(old, new, device=self.device, distributed=self.world_size > 1)
-        return "slices"
+            return "shards" if pairs else "none", 0
+        carried = redistribute(old, new, device=self.device, distributed=self.world_size > 1)
+        return "slices", self.over_partitions(carried.requantized)
 
     # -- a step ---------------------------------------------------------------------------------------------------
 
@@ -269,8 +273,7 @@ class Engine(ABC):
 
         This is the measured side of the ledger: it reads the optimizer's own step counters. A collective.
         """
-        volume = float(sum(shard.numel * shard.step for shard in self.shards()))
-        return round(self._sum_over_partitions(volume))
+        return self.over_partitions(sum(shard.numel * shard.step for shard in self.shards()))
 
     def optimizer_state_bytes(self) -> int:
         """Bytes of moments and of fp32 masters beside the parameters, on the rank that holds most. A collective."""
@@ -407,8 +410,9 @@ class Engine(ABC):
     def _combine_squared(self, by_rank: torch.Tensor) -> torch.Tensor:
         return by_rank.sum() if self.partitions_state else by_rank[0]
 
-    def _sum_over_partitions(self, value: float) -> float:
-        return sum(self.gather_objects(value)) if self.partitions_state else value
+    def over_partitions(self, count: int) -> int:
+        """A count of this rank's shards summed over all ranks, those that hold the same once. A collective."""
+        return sum(self.gather_objects(count)) if self.partitions_state else count
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()

@@ -213,7 +213,7 @@ class DeepSpeedEngine(Engine):
                 if start < end:
                     pieces.append(Piece(names[id(parameter)], start - offset, end - offset, start - first))
             flat = zero.single_partition_of_fp32_groups[index]
-            shards.append(Shard(tuple(pieces), flat, zero.optimizer.state[flat], index))
+            shards.append(Shard(tuple(pieces), flat, zero.optimizer.state[flat], index, self.settings.optimizer))
         return shards
 
     def _shards_of_stage3(self) -> list[Shard]:
@@ -229,7 +229,7 @@ class DeepSpeedEngine(Engine):
                 offset += size
             flat = zero.fp32_partitioned_groups_flat[index]
             group = int(zero.sub_group_to_group_id[index])
-            shards.append(Shard(tuple(pieces), flat, zero.optimizer.state[flat], group))
+            shards.append(Shard(tuple(pieces), flat, zero.optimizer.state[flat], group, self.settings.optimizer))
         return shards
 
     def _local_state_bytes(self) -> int:
@@ -380,7 +380,8 @@ def stage_config(deepspeed: Mapping[str, Any], settings: EngineSettings, world_s
         train_batch_size=settings.micro_batch_size * 2 * world_size,
         gradient_clipping=settings.max_grad_norm or 0.0,
         zero_allow_untested_optimizer=True,
-        # torch's fused AdamW is vectorised on the CPU too; DeepSpeed's own would need a compiler on every node.
+        # torch's fused AdamW is vectorised on the CPU too, and bitsandbytes has kernels for it; DeepSpeed's own optimizers would
+        # need a compiler on every node.
         zero_force_ds_cpu_optimizer=False,
         bf16={"enabled": settings.precision == "bf16_params"},
     )

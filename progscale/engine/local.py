@@ -104,7 +104,8 @@ class LocalEngine(Engine):
         for index, group in enumerate(self.optimizer.param_groups):
             for parameter in group["params"]:
                 piece = Piece(names[id(parameter)], 0, parameter.numel(), 0)
-                shards.append(Shard((piece,), parameter, self.optimizer.state[parameter], index))
+                state = self.optimizer.state[parameter]
+                shards.append(Shard((piece,), parameter, state, index, self.settings.optimizer))
         return shards
 
     def full_parameters(self, names: Sequence[str] | None = None) -> Iterator[tuple[str, torch.Tensor | None]]:

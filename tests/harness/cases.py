@@ -26,7 +26,8 @@ from progscale.layers import seeded
 from progscale.learning_rate import LearningRate
 from progscale.methods import Method, Subject, make_method
 from progscale.models.loading import family_of
-from progscale.optim import AdamW, StageBuild, build_for
+from progscale.optim import StageBuild, build_for
+from progscale.optimizers import OPTIMIZERS, Request
 from progscale.schedule import build_stages
 from progscale.setup import enable_checkpointing
 from tests.tiny import tiny_model
@@ -156,7 +157,8 @@ def make_engine(module: torch.nn.Module, engine: str, **settings: Any) -> Engine
         vars(get_accelerator())["is_fp16_supported"] = lambda: True
     deepspeed = deepspeed_of(engine)
     accelerator = make_accelerator(deepspeed=deepspeed)
-    made = create_engine(module, EngineSettings(optimizer=AdamW(), micro_batch_size=2, **settings), accelerator, deepspeed)
+    settings["optimizer"] = OPTIMIZERS.get(settings.pop("optimizer", "adamw")).of(Request())
+    made = create_engine(module, EngineSettings(micro_batch_size=2, **settings), accelerator, deepspeed)
     assert made.name == engine.partition("+")[0], (made.name, engine)
     return made
 
@@ -226,6 +228,7 @@ def run(
     config: dict[str, Any] | None = None,
     poison: Sequence[tuple[int, int]] = (),
     poison_gradient: Sequence[tuple[int, int]] = (),
+    optimizer: str = "adamw",
 ) -> Outcome:
     """Trains a tiny model and records what the contract tests ask about.
 
@@ -244,7 +247,7 @@ def run(
     if checkpointing:
         enable_checkpointing(module)
     module.train()
-    made = make_engine(module, engine, precision=precision)
+    made = make_engine(module, engine, precision=precision, optimizer=optimizer)
     parts, builds = builds_of(module, schedule, embeddings, stages, steps, dict(options or {}), trained)
     curve_of = LearningRate(1e-3, curve, steps, warmup_steps=1, final_fraction=0.1)  # type: ignore[arg-type]
     vocabulary = int(module.config.vocab_size)

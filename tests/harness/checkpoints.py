@@ -19,7 +19,7 @@ from progscale.learning_rate import LearningRate
 from progscale.loop import seed_step
 from progscale.optim import StageBuild
 from tests.harness.cases import builds_of, make_engine, row_loss, share
-from tests.harness.moves import everywhere, steps_by_name
+from tests.harness.moves import everywhere, moments_of, steps_by_name, values_of
 from tests.tiny import method_for, tiny_model
 
 STAGES, STEPS, BLOCKS, ROWS, MICRO = 3, 6, 4, 8, 4
@@ -35,6 +35,8 @@ class Trained:
         moved: names of frozen parameters that changed in their stage; must stay empty.
         elements: that this rank stores of the model.
         states: by the step after which it was saved, or loaded: the bits of weights, moments and step counts, as hashes.
+        moments: of an optimizer in 8 bits, by the same steps, in full precision.
+        requantized: values of moments in 8 bits that were quantised anew when it was loaded.
     """
 
     losses: dict[int, float] = field(default_factory=dict)
@@ -43,6 +45,8 @@ class Trained:
     moved: list[str] = field(default_factory=list)
     elements: int = 0
     states: dict[int, dict[str, str]] = field(default_factory=dict)
+    moments: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+    requantized: int = 0
 
 
 def make(
@@ -56,11 +60,11 @@ def make(
 ) -> tuple[Engine, tuple[StageBuild, ...]]:
     """A tiny model with dropout in an engine, and the builds of its stages."""
     embeddings = "first_stage" if schedule == "progtuning" else "always"
-    dropout = settings.pop("dropout", 0.1)
-    family = settings.pop("family", "bert")
+    dropout, family = settings.pop("dropout", 0.1), settings.pop("family", "bert")
+    width = {"hidden_size": settings.pop("width")} if "width" in settings else {}
     trained = method_for(family, method, **(method_options or {}))
     with seeded(seed):
-        module = trained.prepare(tiny_model(family, blocks=BLOCKS, seed=seed, dropout=dropout)).train()
+        module = trained.prepare(tiny_model(family, blocks=BLOCKS, seed=seed, dropout=dropout, **width)).train()
     _, builds = builds_of(module, schedule, embeddings, STAGES, STEPS, options, trained)
     return make_engine(module, engine, **settings), builds
 
@@ -77,16 +81,22 @@ def train(engine: Engine, build: StageBuild, first: int, trained: Trained, saver
         trained.losses[step] = engine.train_step(batches, ROWS, row_loss, curve(step)).loss
         if saver is not None and step + 1 in saved:
             save(engine, saver, step + 1, build)
-            trained.states[step + 1] = state_of(engine)
+            note(engine, trained, step + 1)
     after = engine.digests(frozen)
     trained.moved += [name for name in frozen if before[name] != after[name]]
+
+
+def note(engine: Engine, trained: Trained, step: int) -> None:
+    """Keeps what the state is at a step."""
+    trained.states[step] = state_of(engine)
+    if engine.settings.optimizer.blockwise:
+        trained.moments[step] = moments_of(engine.shards(), engine)
 
 
 def state_of(engine: Engine) -> dict[str, str]:
     """A hash of each whole tensor of the state, put together from all ranks' slices: parameter and kind → bits."""
     own = [
-        (part.name, part.start, {key: value.detach().cpu().clone() for key, value in part.tensors.items()}, dict(part.scalars))
-        for part in engine.own_slices()
+        (part.name, part.start, values_of(part, engine.settings.optimizer), dict(part.scalars)) for part in engine.own_slices()
     ]
     parts = sorted((part for ranks in engine.gather_objects(own) for part in ranks), key=lambda part: part[:2])
     whole: dict[str, list[torch.Tensor]] = {}
@@ -159,8 +169,8 @@ def go_on(
         if made.build is None:
             load_weights(checkpoint, made)
             made.begin_stage(build)
-            load_optimizer(checkpoint, made)
-            trained.states[step] = state_of(made)
+            trained.requantized = load_optimizer(checkpoint, made)
+            note(made, trained, step)
             if made.scales_loss and checkpoint.state["loss_scale"] is not None:
                 made.load_scaler_state(checkpoint.state["loss_scale"])
         else:

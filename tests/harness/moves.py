@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from progscale.engine.base import Engine
-from progscale.engine.state import redistribute
+from progscale.engine.state import MASTER, Shard, Slice, dequantize, redistribute, slices_of
 from progscale.learning_rate import LearningRate
 from progscale.optim import StageBuild
+from progscale.optimizers import Optimizer
 from tests.harness.cases import builds_of, make_engine, masters, row_loss, share
 from tests.tiny import tiny_model
 
@@ -26,6 +28,27 @@ class Moved:
     steps_after: dict[str, int] = field(default_factory=dict)
     largest_moment_of_thawed: float = 0.0
     thawed: list[str] = field(default_factory=list)
+    requantized: int = 0
+    moments_before: dict[str, torch.Tensor] = field(default_factory=dict)
+    moments_after: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def values_of(part: Slice, optimizer: Optimizer) -> dict[str, torch.Tensor]:
+    """The tensors of a slice; 8-bit codes as the values that they mean, which no cut of the range changes."""
+    found = {key: value.detach().cpu().clone() for key, value in part.tensors.items()}
+    return found | {key: dequantize(found[key], scales, optimizer.blockwise[key]) for key, scales in part.scales.items()}
+
+
+def moments_of(shards: Sequence[Shard], engine: Engine) -> dict[str, torch.Tensor]:
+    """Whole moments in full precision, from all ranks' shards: "parameter moment" → values."""
+    own = [(part.name, part.start, values_of(part, shards[0].optimizer)) for part in slices_of(shards)]
+    whole: dict[str, dict[int, torch.Tensor]] = {}
+    for ranks in engine.gather_objects(own):
+        for name, start, tensors in ranks:
+            for key, values in tensors.items():
+                if key != MASTER:
+                    whole.setdefault(f"{name} {key}", {})[start] = values
+    return {key: torch.cat([values for _, values in sorted(parts.items())]) for key, parts in whole.items()}
 
 
 def take_steps(engine: Engine, build: StageBuild, rows: int, micro: int, vocabulary: int, curve: LearningRate) -> list[float]:
@@ -54,28 +77,40 @@ def everywhere(engine: Engine) -> dict[str, torch.Tensor]:
 
 
 def carry(
-    first: str, second: str, schedule: str, steps: int = 6, rows: int = 8, micro: int = 4, blocks: int = 4, family: str = "bert"
+    first: str,
+    second: str,
+    schedule: str,
+    steps: int = 6,
+    rows: int = 8,
+    micro: int = 4,
+    blocks: int = 4,
+    family: str = "bert",
+    width: int = 16,
+    optimizer: str = "adamw",
 ) -> Moved:
     """Trains the first of two stages with engine `first`, carries the state into `second`, and trains the other stage."""
-    module = tiny_model(family, blocks=blocks).train()
+    sized = {} if width == 16 else {"hidden_size": width}
+    module = tiny_model(family, blocks=blocks, **sized).train()
     _, builds = builds_of(module, schedule, "always", 2, steps, {})
     curve = LearningRate(1e-3, "linear", steps, warmup_steps=1, final_fraction=0.1)
     vocabulary = module.config.vocab_size
     moved = Moved()
 
-    old = make_engine(module, first)
+    old = make_engine(module, first, optimizer=optimizer)
     old.begin_stage(builds[0])
     moved.losses += take_steps(old, builds[0], rows, micro, vocabulary, curve)
     moved.steps_before = steps_by_name(old)
     shards, weights = old.shards(), everywhere(old)
+    moved.moments_before = moments_of(shards, old)
     old.close()
 
-    other = tiny_model(family, blocks=blocks, seed=1).train()
+    other = tiny_model(family, blocks=blocks, seed=1, hidden_size=width).train()
     other.load_state_dict(weights)
-    new = make_engine(other, second)
+    new = make_engine(other, second, optimizer=optimizer)
     new.begin_stage(builds[1])
-    redistribute(shards, new.shards(), device=new.device, distributed=True)
+    moved.requantized = redistribute(shards, new.shards(), device=new.device, distributed=True).requantized
     moved.steps_after = steps_by_name(new)
+    moved.moments_after = moments_of(new.shards(), new)
     moved.thawed = sorted(builds[1].live - builds[0].live)
     for shard in new.shards():
         if any(piece.name in moved.thawed for piece in shard.pieces):

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[2] / "progscale"
 ORDER = [
     *("errors", "numbers", "registry", "config", "schedule"),
     *("blocks", "models", "layers", "methods", "names", "plan", "paper"),
-    *("launcher", "signals", "learning_rate", "optim", "engine"),
+    *("launcher", "signals", "learning_rate", "optim", "optimizers", "engine"),
     *("tasks", "data"),
     *("checkpoint", "resume", "verify", "watch"),
     *("meters", "trackers", "export"),

@@ -49,7 +49,7 @@ MISTAKES = [
     (["train", "--set", "method.name=ful"], "did you mean 'full'?"),
     (["train", "--set", "schedule.name=growin"], "did you mean 'growing'?"),
     (["train", "--set", "model.family=berd"], "did you mean 'bert'?"),
-    (["train", "--set", "optimizer.name=adamv"], 'optimizer.name: "adamv"'),
+    (["train", "--set", "optimizer.name=adamv"], "did you mean 'adamw'?"),
     (["train", "--set", "task.name=dmo", "--set", "model.name=x", "--set", "train.epochs=0"], "2 faults"),
     (["plan", "--model", "bert-base-uncased", "--set", "train.max_steps=9"], "train.max_steps: 9 counts optimizer steps"),
     (["plan", "--model", "bert-base-uncased", "--set", "schedule.starts=[0,9,18]"], "progscale train --dry-run shows that plan"),

@@ -9,17 +9,25 @@ import pytest
 from progscale.config import load_config
 from progscale.methods import METHODS
 from progscale.models.family import FAMILIES
-from progscale.names import BUILT_IN, known, name_faults
+from progscale.names import BUILT_IN, LIGHT, known, name_faults
+from progscale.optimizers import OPTIMIZERS
 from progscale.registry import Registry
 from progscale.schedule import SCHEDULES
 from progscale.tasks.base import TASKS
 
+REGISTRIES = (TASKS, METHODS, FAMILIES, SCHEDULES, OPTIMIZERS)
 
-@pytest.mark.parametrize("registry", [TASKS, METHODS, FAMILIES, SCHEDULES], ids=lambda registry: registry.kind)
-def test_built_in_names_are_those_of_the_registries(registry: Registry) -> None:
+
+@pytest.mark.parametrize("registry", REGISTRIES, ids=lambda registry: registry.kind)
+def test_known_names_are_those_of_the_registries(registry: Registry) -> None:
     from_others = {point.name for point in entry_points(group=registry.group)}
-    assert set(BUILT_IN[registry.group]) == set(registry.names()) - from_others
+    if registry.group in BUILT_IN:
+        assert set(BUILT_IN[registry.group]) == set(registry.names()) - from_others
     assert known(registry.group) == registry.names()
+
+
+def test_every_registry_is_known() -> None:
+    assert {*BUILT_IN, *LIGHT} == {registry.group for registry in REGISTRIES}
 
 
 def test_every_unknown_name_is_reported_with_its_nearest() -> None:

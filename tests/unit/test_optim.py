@@ -13,7 +13,8 @@ from progscale.blocks import Partition, partition
 from progscale.methods import METHODS, live_parameters
 from progscale.models.family import FAMILIES
 from progscale.models.loading import family_of
-from progscale.optim import AdamW, StageBuild, build_for
+from progscale.optim import StageBuild, build_for
+from progscale.optimizers import AdamW
 from progscale.schedule import SCHEDULES, Stage, build_stages
 from tests.harness.refused import by_family
 from tests.tiny import FAMILY_NAMES, method_for, tiny_model

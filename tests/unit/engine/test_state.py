@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from progscale.engine.state import (
     MASTER,
+    Filling,
     Piece,
     Shard,
     Slice,
@@ -21,7 +22,6 @@ from progscale.engine.state import (
     move_shard,
     redistribute,
     slices_of,
-    write_slice,
 )
 
 SIZES = {"a": 7, "b": 12, "c": 1, "d": 30}
@@ -107,19 +107,21 @@ def test_moving_copies_the_weights_and_hands_over_the_moments() -> None:
 def test_writing_a_slice_touches_its_range_alone() -> None:
     target = shard(("a", 0, 7), ("d", 5, 25), filled=False, gap=1)
     part = Slice("d", 0, 10, {MASTER: torch.arange(10.0), "exp_avg": torch.arange(10.0) + 50}, {"step": 4.0})
-    assert write_slice([target], part) == 5
+    filling = Filling([target])
+    assert filling.write(part) == 5
     assert target.tensor.tolist() == [-1.0] * 8 + [5, 6, 7, 8, 9] + [-1.0] * 16
     assert target.state["exp_avg"].tolist() == [0.0] * 8 + [55, 56, 57, 58, 59] + [0.0] * 16
     assert target.step == 4
-    assert write_slice([target], Slice("b", 0, 12, {MASTER: torch.zeros(12)}, {})) == 0
+    assert filling.write(Slice("b", 0, 12, {MASTER: torch.zeros(12)}, {})) == 0
 
 
 def test_two_counts_of_steps_in_one_shard_are_refused() -> None:
     """A thawed part must not share a shard with a surviving one: Adam's bias correction has one step for both."""
     target = shard(("a", 0, 7), ("b", 0, 12), filled=False)
-    write_slice([target], Slice("a", 0, 7, {MASTER: torch.zeros(7)}, {"step": 4.0}))
+    filling = Filling([target])
+    filling.write(Slice("a", 0, 7, {MASTER: torch.zeros(7)}, {"step": 4.0}))
     with pytest.raises(ValueError, match=r"'step' of b is 2\.0, but its group already has 4\.0"):
-        write_slice([target], Slice("b", 0, 12, {MASTER: torch.zeros(12)}, {"step": 2.0}))
+        filling.write(Slice("b", 0, 12, {MASTER: torch.zeros(12)}, {"step": 2.0}))
 
 
 @st.composite
@@ -148,7 +150,7 @@ def test_any_layout_into_any_other(
 
 
 def redistribute_alone(old: Sequence[Shard], new: Sequence[Shard]) -> int:
-    return redistribute(old, new, device=CPU, distributed=False)
+    return redistribute(old, new, device=CPU, distributed=False).received
 
 
 def test_fewer_and_thawed_parameters() -> None:
