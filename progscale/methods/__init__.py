@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from progscale.blocks import Partition
+from progscale.errors import ModelError
 from progscale.methods.base import METHODS, Method, Subject, register
 from progscale.schedule import Stage
 
@@ -22,9 +23,12 @@ def make_method(name: str, subject: Subject, options: Mapping[str, Any] | None =
 
     Raises:
         RegistryError: unknown method.
+        ModelError: the model's family refuses it.
         pydantic.ValidationError: wrong options; `progscale.names` has told the user of them before.
     """
     kind = METHODS.get(name)
+    if name in subject.family.refuses:
+        raise ModelError(f"method '{name}' cannot be had for a {subject.family.name} model: {subject.family.refuses[name]}")
     return kind(subject, kind.Options.model_validate(dict(options or {})))
 
 

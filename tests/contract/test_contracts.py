@@ -33,7 +33,7 @@ PAIRS = all_pairs(FACTORS, is_allowed)
 ODD = {"family": "bert", "schedule": "progtuning", "embeddings": "first_stage", "method": "full", "width": 18}
 # In the last block of a Longformer only the first token is read, whose attention is the global one: these get zero gradients,
 # and without weight decay they stay where they are.
-ZERO_GRADIENTS = {"longformer": r"layer\.3\.attention\.self\.(query|key|value)\.bias"}
+ZERO_GRADIENTS = {"longformer": r"layer\.3\.attention\.self\.(query|key|value)\.(bias|lora_B)"}
 # Adam divides by the root of a tiny second moment, so a last-bit difference in a gradient near zero grows to some 1e-5
 # of a step of 1e-3; a wrong or lost state shows as 1e-3 and more.
 PARAMETER_TOLERANCE = 5e-5

@@ -38,6 +38,7 @@ register_family(
         head=("pooler?",),
         max_tokens=max_tokens,
         check=check,
+        refuses={"qlora": "it scales the queries in place, which the products with quantised weights do not allow; take lora"},
         projections=("attention.self.query", "attention.self.value"),
         sublayers={"blocks": ("attention.output.dropout", "output.dropout")},
     )
