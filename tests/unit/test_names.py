@@ -10,12 +10,13 @@ from progscale.config import load_config
 from progscale.methods import METHODS
 from progscale.models.family import FAMILIES
 from progscale.names import BUILT_IN, known, name_faults
+from progscale.optimizers import OPTIMIZERS
 from progscale.registry import Registry
 from progscale.schedule import SCHEDULES
 from progscale.tasks.base import TASKS
 
 
-@pytest.mark.parametrize("registry", [TASKS, METHODS, FAMILIES, SCHEDULES], ids=lambda registry: registry.kind)
+@pytest.mark.parametrize("registry", [TASKS, METHODS, FAMILIES, SCHEDULES, OPTIMIZERS], ids=lambda registry: registry.kind)
 def test_built_in_names_are_those_of_the_registries(registry: Registry) -> None:
     from_others = {point.name for point in entry_points(group=registry.group)}
     assert set(BUILT_IN[registry.group]) == set(registry.names()) - from_others
