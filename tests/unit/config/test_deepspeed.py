@@ -103,6 +103,12 @@ def test_translation(nested: bool) -> None:
     assert load_config([dump_config(config)]) == config
 
 
+def test_lion() -> None:
+    """With betas of its own, where the file gives none; it has no eps."""
+    optimizer = load_config([changed(optimizer={"type": "lion", "params": {"lr": 3e-6, "weight_decay": 0.1}})]).optimizer
+    assert (optimizer.name, optimizer.lr, optimizer.betas, optimizer.weight_decay) == ("lion", 3e-6, [0.9, 0.99], 0.1)
+
+
 def test_cosine_fp16_and_no_clipping() -> None:
     config = load_config(
         [
@@ -160,6 +166,11 @@ REFUSED = [
     (changed(communication_data_type="auto"), r"communication_data_type: \"auto\" .*not filled"),
     (changed(optimizer={"type": "OneBitAdam"}), r"optimizer\.type: \"OneBitAdam\" .*allowed: Adam and AdamW"),
     (changed(optimizer={"type": "Muon"}), r"optimizer\.type: \"Muon\""),
+    (changed(optimizer={"type": "AdamW8bit"}), r"optimizer\.type: \"AdamW8bit\" .*others, optimizer\.name has"),
+    (
+        changed(optimizer={"type": "Lion", "params": {"eps": 1e-6}}),
+        r"params\.eps: not supported .*allowed: lr, betas, weight_decay",
+    ),
     (changed(optimizer={"type": "Adam", "params": {"adam_w_mode": False}}), r"params\.adam_w_mode: not supported"),
     (changed(optimizer={"type": ["Adam"]}), r"optimizer\.type"),
     (changed(optimizer={"params": 3}), r"optimizer\.params: 3 .*must be an object"),
