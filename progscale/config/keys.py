@@ -6,7 +6,7 @@ from typing import Any
 
 from progscale.config.deepspeed_keys import TOP_LEVEL_KEYS
 from progscale.config.kinds import accepts
-from progscale.config.read import KeyPath, Layer, dotted, show
+from progscale.config.read import INCLUDE, KeyPath, Layer, dotted, show
 from progscale.config.schema import SECTIONS, Config
 from progscale.errors import Fault, nearest
 
@@ -82,10 +82,12 @@ def _unknown(path: KeyPath, source: str) -> Fault:
     homes = [f"{name}.{key}" for name, section in SECTIONS.items() if key in section.model_fields]
     if homes and (len(homes) == 1 or not nearest(key, allowed)):
         hint = f"; '{key}' belongs to {' or '.join(homes)}"
+    elif key == INCLUDE:
+        hint = "; it stands at the top of a file, outside of the sections"
     elif key in TOP_LEVEL_KEYS:
         hint = "; it is a DeepSpeed key: put it under engine.deepspeed"
     else:
-        everything = [*allowed, *(TOP_LEVEL_KEYS if len(path) == 1 else ())]
+        everything = [*allowed, *((INCLUDE, *TOP_LEVEL_KEYS) if len(path) == 1 else ())]
         hint = nearest(key, everything) or f"; {'sections' if len(path) == 1 else 'keys'}: {', '.join(allowed)}"
     return Fault(dotted(path), f"unknown key (from {source}){hint}")
 

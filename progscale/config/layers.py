@@ -1,8 +1,8 @@
 """Layers of JSON files and `--set` options → one checked `Config`, with every fault at once.
 
-Later layers win, key by key; lists are replaced whole. One thing does not win silently: where one *file* gives an
-option and another file's DeepSpeed JSON gives it differently, that is a fault which names both, whatever the order. A
-`--set` always wins.
+Later layers win, key by key; lists are replaced whole; the files that a file includes come right before it. One thing does not
+win silently: where one *file* gives an option and another file's DeepSpeed JSON gives it differently, that is a fault which
+names both, whatever the order. A `--set` always wins.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from progscale.config.cross import cross_faults
 from progscale.config.deepspeed import PREFIX, check_rest, translate
 from progscale.config.faults import from_pydantic
 from progscale.config.keys import as_sections
-from progscale.config.read import KeyPath, Layer, dotted, read_layer, read_set, show
+from progscale.config.read import KeyPath, Layer, dotted, read_layers, read_set, show
 from progscale.config.schema import Config
 from progscale.errors import ConfigError, Fault
 
@@ -91,7 +91,8 @@ def load_config(
     """Builds the config of a run.
 
     Args:
-        paths: JSON files, later ones win; a bare DeepSpeed JSON is a layer too. A mapping stands for a file's content.
+        paths: JSON files, later ones win, each behind those that it includes; a bare DeepSpeed JSON is a layer too. A mapping
+            stands for a file's content.
         overrides: `section.key=value` texts, which win over all files.
         check: finds more faults, to be reported with the others; where a value is wrong it sees the default.
 
@@ -101,11 +102,11 @@ def load_config(
     faults: list[Fault] = []
     if isinstance(paths, str | os.PathLike):
         paths = [paths]
-    found = [read_layer(path, faults) for path in paths] + [read_set(text, faults) for text in overrides]
+    found = [layer for path in paths for layer in read_layers(path, faults)]
+    found += [layer for text in overrides if (layer := read_set(text, faults)) is not None]
     merged = _Merged()
     for layer in found:
-        if layer is not None:
-            _merge(merged, layer, faults)
+        _merge(merged, layer, faults)
     faults.extend(merged.conflicts.values())
     _demo_defaults(merged)
     deepspeed = merged.get(PREFIX)

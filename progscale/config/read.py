@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,16 @@ KeyPath = tuple[str, ...]
 # No section needs as much; deeper input is a mistake, and would exhaust Python's stack.
 MAX_DEPTH = 40
 
+# The one key of a file that is neither a section nor a description: the files that come before it.
+INCLUDE = "include"
+
 
 @dataclass(frozen=True)
 class Layer:
     """One source of values.
 
     Attributes:
-        source: what messages call it: the file as the user named it, or "--set".
+        source: what messages call it: the file as the user or the file that includes it named it, or "--set".
         tree: its values, nested as in the file.
         set_path: the key of a `--set`, which may overrule a DeepSpeed value without a conflict; None for a file.
     """
@@ -61,15 +65,85 @@ def show(value: Any) -> str:
     return text if len(text) <= 80 else text[:60] + " …"
 
 
-def read_layer(path: str | Path | Mapping[str, Any], faults: list[Fault]) -> Layer | None:
-    """Reads one layer; what is wrong with it is appended to `faults`.
+def read_layers(path: str | Path | Mapping[str, Any], faults: list[Fault]) -> list[Layer]:
+    """A file as a layer, behind those of the files that it includes; what is wrong with them is appended to `faults`.
 
-    A byte-order mark at the start is harmless and accepted. A mapping stands for a file's content.
+    `include` lists files, relative to the file that names them, which may include others. A file that several of them name
+    comes once, where it is first named: before all that build on it. A mapping stands for a file's content, and includes nothing.
     """
-    if isinstance(path, Mapping):
-        return Layer("a mapping", _clean(dict(path), (), "a mapping", faults))
+    if not isinstance(path, Mapping):
+        return _read_tree(Path(path), {}, set(), faults)
+    layer = Layer("a mapping", _clean(dict(path), (), "a mapping", faults))
+    if INCLUDE in layer.tree:
+        faults.append(Fault(INCLUDE, f"only a file can include others (from {layer.source}); give those before it, as layers"))
+        del layer.tree[INCLUDE]
+    return [layer]
+
+
+def _read_tree(path: Path, above: Mapping[str, Path], seen: set[str], faults: list[Fault]) -> list[Layer]:
+    """The layers of `path`.
+
+    Args:
+        path: a file that is in neither `above` nor `seen`.
+        above: identity → name of the files that led to it, the first one first.
+        seen: identities of all files that were read.
+        faults: appended to.
+    """
+    own: list[Fault] = []
+    layer = _read_file(path, own)
+    if layer is None and above:
+        *_, parent = above.values()
+        own = [replace(fault, message=f"{fault.message} (included by {parent})") for fault in own]
+    faults.extend(own)
+    line = {**above, _identity(path): path}
+    seen.update(line)
+    if layer is None:
+        return []
+    found: list[Layer] = []
+    for name in _take_includes(layer, faults):
+        inner = _beside(path, name)
+        same = _identity(inner)
+        if same in line:
+            circle = [*list(line.values())[list(line).index(same) :], inner]
+            faults.append(Fault(INCLUDE, f"{' → '.join(map(str, circle))}: a file cannot include itself (in {path})"))
+        elif len(line) > MAX_DEPTH:
+            faults.append(Fault(INCLUDE, f"more than {MAX_DEPTH} files include each other (in {path})"))
+        elif same not in seen:
+            found.extend(_read_tree(inner, line, seen, faults))
+    return [*found, layer]
+
+
+def _take_includes(layer: Layer, faults: list[Fault]) -> list[str]:
+    """What a file's `include` lists; the key is taken out of the layer."""
+    if INCLUDE not in layer.tree:
+        return []
+    names = layer.tree.pop(INCLUDE)
+    if isinstance(names, list) and all(isinstance(name, str) and name for name in names):
+        return names
+    example = f"[{show(names)}]" if isinstance(names, str) and names else '["../models/bert-base.json"]'
+    faults.append(Fault(INCLUDE, f"{show(names)} (from {layer.source}) must be a list of JSON files, e.g. {example}"))
+    return []
+
+
+def _beside(path: Path, name: str) -> Path:
+    """The file that `path` calls `name`, without `..` where that is the same file: behind a linked folder it is not."""
+    joined = path.parent / name
+    short = Path(os.path.normpath(joined))
+    return short if _identity(short) == _identity(joined) else joined
+
+
+def _identity(path: Path) -> str:
+    """The same for all names of a file."""
+    try:
+        return os.path.realpath(path)
+    except ValueError:  # A NUL: no file is called so, which reading it will say.
+        return str(path)
+
+
+def _read_file(path: Path, faults: list[Fault]) -> Layer | None:
+    """Reads one file; a byte-order mark at its start is harmless and accepted."""
     source = str(path)
-    text = _read_text(Path(path), faults)
+    text = _read_text(path, faults)
     if text is None:
         return None
     if not text.strip():
@@ -186,6 +260,9 @@ def read_set(text: str, faults: list[Fault]) -> Layer | None:
         return None
     if not all(path):
         faults.append(Fault("", f"{shown}: an empty key; write --set section.key=value, e.g. --set optimizer.lr=3e-5"))
+        return None
+    if path[0] == INCLUDE:
+        faults.append(Fault(INCLUDE, f"only a file can include others (from {source}); give them with --config FILE"))
         return None
     if len(path) > MAX_DEPTH:
         faults.append(Fault("", f"{shown}: nested more than {MAX_DEPTH} deep"))

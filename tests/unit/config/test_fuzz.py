@@ -90,7 +90,7 @@ DEPENDENT = {
     *("task.labels", "task.problem_type", "task.delimiter", "task.validation_fraction", "task.no_answer_threshold"),
     *("task.doc_stride", "task.n_best", "task.max_answer_length", "train.gradient_accumulation_steps"),
     *("schedule.first_blocks", "schedule.starts", "schedule.block_weights", "schedule.options"),
-    *("optimizer.name", "optimizer.warmup_steps", "engine.name", "engine.deepspeed"),
+    *("method.options", "optimizer.name", "optimizer.warmup_steps", "engine.name", "engine.deepspeed"),
 }
 
 
@@ -253,6 +253,21 @@ def test_any_bytes_as_file(tmp_path_factory: pytest.TempPathFactory, content: by
     path = tmp_path_factory.getbasetemp() / "fuzzed.json"
     path.write_bytes(content)
     config_or_faults([path])
+
+
+FILE_NAMES = [f"{letter}.json" for letter in "abcd"]
+INCLUDES = st.lists(st.sampled_from([*FILE_NAMES, "../includes/a.json", "missing.json"]), max_size=3) | JSON
+
+
+@fuzz(st.lists(INCLUDES, min_size=4, max_size=4))
+def test_any_includes_give_a_config_or_faults(tmp_path_factory: pytest.TempPathFactory, includes: list[Any]) -> None:
+    folder = tmp_path_factory.getbasetemp() / "includes"
+    folder.mkdir(exist_ok=True)
+    for name, included in zip(FILE_NAMES, includes, strict=True):
+        (folder / name).write_text(json.dumps({"include": included, "model": {"name": name}}))
+    config = config_or_faults([folder / "a.json"])
+    if config is not None:
+        assert config.model.name == "a.json"
 
 
 def test_every_option_is_drawn_or_depends_on_others() -> None:
