@@ -182,7 +182,7 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--embeddings", metavar="WHEN", help="short for schedule.embeddings: always, first_stage, never")
     parser.add_argument(
         "--head",
-        choices=["sequence_classification", "question_answering"],
+        choices=["sequence_classification", "question_answering", "causal_lm", "seq2seq_lm"],
         help="the model's head; default: that of the config's task, else sequence_classification",
     )
     parser.add_argument(

@@ -16,7 +16,7 @@ BUILT_IN = {
     "progscale.tasks": ("demo", *GLUE_TASKS, *SQUAD_TASKS, "table"),
     "progscale.methods": ("full",),
     "progscale.schedules": ("custom", "growing", "none", "progtuning", "weighted", "without_low_blocks"),
-    "progscale.families": ("bert", "deberta-v2", "distilbert", "electra", "roberta", "xlm-roberta-xl"),
+    "progscale.families": ("bert", "deberta-v2", "distilbert", "electra", "gpt2", "llama", "roberta", "t5", "xlm-roberta-xl"),
 }
 
 

@@ -23,7 +23,7 @@ from progscale.engine import ranks
 from progscale.engine.base import Engine, EngineSettings
 from progscale.engine.deepspeed import check_release
 from progscale.engine.launch import check_precision, create_engine, make_accelerator, set_up_cpu
-from progscale.engine.loading import load_module
+from progscale.engine.loading import load_module, untied
 from progscale.errors import ConfigError, Fault, FinishedError, ModelError, printable
 from progscale.learning_rate import LearningRate
 from progscale.meters import MemoryMeter
@@ -135,7 +135,7 @@ def prepare(
     if folder is not None and folder.moved is not None:
         console.show(f"the run that lay in {folder.path} is now in {folder.moved}{unfinished(folder.moved)}")
     memory = MemoryMeter(torch.device(accelerator.device))
-    engine = make_engine(config, found, method, accelerator)
+    engine = make_engine(config, found, method, accelerator, parts)
     # What is here now stays to the end. Without this each switch would scan it all in search of the old engine's cycles.
     gc.collect()
     gc.freeze()
@@ -230,13 +230,18 @@ def make_loader(config: Config, split: Tokenized, padding: dict[str, int], accel
     )
 
 
-def make_engine(config: Config, found: Inputs, method: Method, accelerator: Any) -> Engine:
-    """The model with its weights, in the engine that the config asks for. A collective."""
+def make_engine(config: Config, found: Inputs, method: Method, accelerator: Any, parts: Partition) -> Engine:
+    """The model with its weights, in the engine that the config asks for. A collective.
+
+    Raises:
+        ModelError: the weights cannot be loaded, or make another model than the config.
+    """
     train, optimizer, deepspeed = config.train, config.optimizer, config.engine.deepspeed
     # Every rank needs the same weights, also those of a new head.
     torch.manual_seed(config.run.seed)
     dtype = PARAMETER_DTYPES.get(train.precision, torch.float32)
     module = method.prepare(load_module(found.request, found.family, deepspeed, dtype=dtype))
+    check_as_planned(module, parts)
     if train.gradient_checkpointing:
         enable_checkpointing(module)
     module.train()
@@ -247,6 +252,19 @@ def make_engine(config: Config, found: Inputs, method: Method, accelerator: Any)
         micro_batch_size=micro_batch_size(config, int(accelerator.num_processes)),
     )
     return create_engine(module, settings, accelerator, deepspeed)
+
+
+def check_as_planned(module: torch.nn.Module, parts: Partition) -> None:
+    """Refuses a model whose parameters are not those that were planned: transformers unties what differs in the weights.
+
+    Raises:
+        ModelError: naming the first of them.
+    """
+    tied = {other: info.name for info in parts.parameters.values() for other in info.tied}
+    for name, _ in module.named_parameters():
+        if name not in parts.parameters:
+            other = "the model that was loaded has a parameter '{name}', which that of its config has not"
+            raise ModelError(untied(name, tied[name]) if name in tied else other.format(name=name))
 
 
 def check_metric(config: Config, permissions: Permissions) -> None:

@@ -7,13 +7,17 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
 )
 
-FAMILY_NAMES = ("bert", "roberta", "xlm-roberta-xl", "electra", "distilbert", "deberta-v2")
+ENCODERS = ("bert", "roberta", "xlm-roberta-xl", "electra", "distilbert", "deberta-v2")
+DECODERS = ("gpt2", "llama")
+FAMILY_NAMES = (*ENCODERS, *DECODERS, "t5")
 
 _ROBERTA: dict[str, Any] = {"pad_token_id": 1, "max_position_embeddings": 66, "type_vocab_size": 1}
 _EXTRA: dict[str, dict[str, Any]] = {
@@ -42,12 +46,14 @@ def tiny_config(family_name: str, *, blocks: int = 4, dropout: float = 0.0, **kw
     """A config of the family with `blocks` blocks of width 16, 101 tokens, 64 positions.
 
     Args:
-        family_name: one of FAMILY_NAMES.
+        family_name: one of FAMILY_NAMES, or a model type that shares a family ("qwen3").
         blocks: number of blocks.
         dropout: of hidden states, attention and classifier.
         **kw: further entries of the transformers config (`num_labels=3`).
     """
     size: dict[str, Any] = {"vocab_size": 101, "max_position_embeddings": 64}
+    if family_name in ("gpt2", "llama", "mistral", "gemma", "qwen2", "qwen3", "t5"):
+        return AutoConfig.for_model(family_name, **{**_language_model(family_name, blocks, dropout), **kw})
     if family_name == "distilbert":
         size |= {"dim": 16, "n_layers": blocks, "n_heads": 2, "hidden_dim": 32}
         size |= {"dropout": dropout, "attention_dropout": dropout, "qa_dropout": dropout, "seq_classif_dropout": dropout}
@@ -60,6 +66,20 @@ def tiny_config(family_name: str, *, blocks: int = 4, dropout: float = 0.0, **kw
         size |= {"pooler_dropout": dropout, "cls_dropout": dropout}
         del size["classifier_dropout"]
     return AutoConfig.for_model(family_name, **{**size, **_EXTRA[family_name], **kw})
+
+
+def _language_model(model_type: str, blocks: int, dropout: float) -> dict[str, Any]:
+    """Entries of a decoder's or an encoder-decoder's config; the pad token is 0, the end token 1."""
+    size: dict[str, Any] = {"vocab_size": 101, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    if model_type == "gpt2":
+        size |= {"n_positions": 64, "n_embd": 16, "n_layer": blocks, "n_head": 2, "n_inner": 32}
+        return size | dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_first_dropout"), dropout)
+    if model_type == "t5":
+        size |= {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": blocks, "num_heads": 2, "decoder_start_token_id": 0}
+        return size | {"relative_attention_num_buckets": 8, "dropout_rate": dropout, "classifier_dropout": dropout}
+    # Two query heads share one of keys and values, as in all but the smallest of the published ones.
+    size |= {"hidden_size": 16, "num_hidden_layers": blocks, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    return size | {"intermediate_size": 32, "max_position_embeddings": 64, "attention_dropout": dropout}
 
 
 def tiny_model(
@@ -75,6 +95,8 @@ def tiny_model(
     auto = {
         "sequence_classification": AutoModelForSequenceClassification,
         "question_answering": AutoModelForQuestionAnswering,
+        "causal_lm": AutoModelForCausalLM,
+        "seq2seq_lm": AutoModelForSeq2SeqLM,
     }[head]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -246,7 +246,7 @@ OVERRIDES: list[tuple[dict[str, Any], str]] = [
         "model.overrides.hidden_size: None is refused (Validation error for field 'hidden_size': TypeError: ",
     ),
     ({"return_dict": False}, "model.overrides.return_dict: cannot be changed here; outputs are read by their names"),
-    ({"is_decoder": True}, "model.overrides.is_decoder: cannot be changed here; blocks are an encoder's"),
+    ({"is_decoder": True}, "model.overrides.is_decoder: cannot be changed here; the family says what a block is"),
     ({"add_cross_attention": True}, "model.overrides.add_cross_attention: cannot be changed here"),
 ]
 
@@ -282,8 +282,8 @@ def test_configs_of_models(own: dict[str, Any], tmp_path: Path, config: dict[str
 @pytest.mark.parametrize(
     ("model_type", "message"),
     [
-        ("gpt2", "'gpt2' is decoder-only; only encoders are built in"),
-        ("t5", "'t5' is an encoder-decoder; only encoders are built in"),
+        ("bloom", "'bloom' is decoder-only: progscale/models/families/llama.py is an example of such a family"),
+        ("bart", "'bart' is an encoder-decoder: name both of its lists of blocks in `stacks`"),
         ("albert", "ALBERT applies one block again and again"),
         ("modernbert", "no model family for model type 'modernbert'; known: bert, camembert"),
         ("", "config.json has no model_type, which says what to build; known: bert, camembert"),
