@@ -124,15 +124,17 @@ def _schedule(checks: _Checks) -> None:
     for option in ("first_blocks", "starts"):
         listed = getattr(schedule, option)
         used = option == "starts" or schedule.name == "custom"
-        if listed is not None and used and len(listed) != checks.config.stages:
-            checks.fault(
-                f"schedule.{option}",
-                f"{len(listed)} entries{checks.values.where(('schedule', option))} for {checks.config.stages} stages; "
-                f"give one for each",
-                "schedule.stages",
-                "schedule.first_blocks",
-                "train.epochs",
-            )
+        by_stack = listed if isinstance(listed, dict) else {"": listed}
+        for stack, entries in by_stack.items():
+            if entries is not None and used and len(entries) != checks.config.stages:
+                checks.fault(
+                    f"schedule.{option}.{stack}".rstrip("."),
+                    f"{len(entries)} entries{checks.values.where(('schedule', option))} for {checks.config.stages} stages; "
+                    f"give one for each",
+                    "schedule.stages",
+                    "schedule.first_blocks",
+                    "train.epochs",
+                )
     if checks.config.stages > MOST_STAGES:
         listed = next((name for name in ("first_blocks", "starts") if getattr(schedule, name)), None)
         why = checks.got("train.epochs") if listed is None else f"schedule.{listed}{checks.values.where(('schedule', listed))}"

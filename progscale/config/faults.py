@@ -28,9 +28,10 @@ def from_pydantic(error: ValidationError, where: Callable[[KeyPath], str]) -> li
 
 
 def _path(loc: tuple[int | str, ...]) -> KeyPath:
-    """The location without the names of union members that pydantic puts into it."""
+    """The location without the names of union members that pydantic puts into it; a stack's name is no such one."""
+    by_stack = loc[2:3] == ("object",)
     path = [str(part) for part in loc[:2]]
-    path += [str(part) for part in loc[2:] if isinstance(part, int)]
+    path += [str(part) for place, part in enumerate(loc[2:]) if isinstance(part, int) or (by_stack and place == 1)]
     return tuple(path)
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag, field_validator
 from pydantic_core import PydanticCustomError
 
 # Far above any real run, far below what a float or an int64 holds exactly.
@@ -19,6 +19,19 @@ CountOrZero = Annotated[int, Field(ge=0, le=10**12)]
 # As long as a path can be.
 Text = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+def _list_or_object(value: Any) -> str:
+    return "object" if isinstance(value, dict) else "list"
+
+
+Item = TypeVar("Item")
+FilledList = Annotated[list[Item], Field(min_length=1)]
+# One list for every stack of blocks, or one for each by the stack's name.
+ListOrByStack = Annotated[
+    Annotated[FilledList[Item], Tag("list")] | Annotated[dict[Text, FilledList[Item]], Field(min_length=1), Tag("object")],
+    Discriminator(_list_or_object),
+]
 
 # More stages than any schedule has a use for; a plan has a line for each.
 MOST_STAGES = 10_000
@@ -147,16 +160,24 @@ class Schedule(Section):
         description="number of stages T; null: as many as first_blocks or starts list, else the epochs, rounded up",
     )
     embeddings: Literal["always", "first_stage", "never"] = Field(default="always", description="when the embeddings are trained")
-    first_blocks: Annotated[list[CountOrZero], Field(min_length=1)] | None = Field(
-        default=None, description="custom: the lowest trained block of each stage, e.g. [0, 4, 8]"
+    first_blocks: ListOrByStack[CountOrZero] | None = Field(
+        default=None,
+        description='custom: the lowest trained block of each stage, e.g. [0, 4, 8]; by stack {"encoder": […], "decoder": […]}',
     )
     starts: Annotated[list[CountOrZero], Field(min_length=1)] | None = Field(
         default=None, description="optimizer step at which each stage begins, the first 0; null: evenly spread"
     )
-    block_weights: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] | None = Field(
-        default=None, description="weighted: one positive weight for each block"
+    block_weights: ListOrByStack[Annotated[float, Field(gt=0)]] | None = Field(
+        default=None, description="weighted: one positive weight for each block; by stack where a model has several"
     )
     options: dict[str, Any] = Field(default_factory=dict, description="options of a schedule from another package")
+
+    @property
+    def listed_stages(self) -> int | None:
+        """The number of stages that `first_blocks` or else `starts` lists."""
+        firsts = self.first_blocks
+        listed = next(iter(firsts.values())) if isinstance(firsts, dict) else firsts or self.starts
+        return len(listed) if listed else None
 
 
 class Optimizer(Section):
@@ -278,8 +299,7 @@ class Config(Section):
     @property
     def stages(self) -> int:
         """The number of stages T: `schedule.stages`, else the length of its lists, else the epochs rounded up."""
-        listed = self.schedule.first_blocks or self.schedule.starts
-        return self.schedule.stages or (len(listed) if listed else math.ceil(self.train.epochs))
+        return self.schedule.stages or self.schedule.listed_stages or math.ceil(self.train.epochs)
 
 
 SECTIONS: dict[str, type[Section]] = {
