@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from importlib.metadata import entry_points
 
-from progscale.config.schema import GLUE_TASKS, SQUAD_TASKS, Config
+from progscale.config.schema import GLUE_TASKS, LANGUAGE_TASKS, SQUAD_TASKS, Config
 from progscale.errors import Fault, nearest
 from progscale.registry import registered
 
 BUILT_IN = {
-    "progscale.tasks": ("demo", *GLUE_TASKS, *SQUAD_TASKS, "table"),
+    "progscale.tasks": ("demo", *GLUE_TASKS, *LANGUAGE_TASKS, *SQUAD_TASKS, "table"),
     "progscale.methods": ("full",),
     "progscale.schedules": ("custom", "growing", "none", "progtuning", "weighted", "without_low_blocks"),
     "progscale.families": ("bert", "deberta-v2", "distilbert", "electra", "gpt2", "llama", "roberta", "t5", "xlm-roberta-xl"),

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -30,7 +30,14 @@ from progscale.meters import MemoryMeter
 from progscale.methods import METHODS, Method
 from progscale.models.family import Family, ModelRequest
 from progscale.models.loading import build_meta, check_weights, find_family
-from progscale.models.tokenizers import check_tokenizer, drop_token_types, load_tokenizer
+from progscale.models.tokenizers import (
+    check_tokenizer,
+    drop_token_types,
+    ensure_padding,
+    follow_tokenizer,
+    load_tokenizer,
+    max_tokens,
+)
 from progscale.optim import AdamW, build_for
 from progscale.plan import Plan, make_plan, render_plan, schedule_options
 from progscale.resume import FOLDER as CHECKPOINTS
@@ -100,7 +107,8 @@ def prepare(
     task, family = found.task, found.family
     accelerator = join_ranks(config, {"--resume": resume, "--dry-run": dry_run, **asdict(permissions)})
     console = RunConsole(accelerator.is_main_process)
-    splits, padding = task.tokenize(found.tokenizer, config.train.max_length), pad_values(found.tokenizer)
+    splits = task.tokenize(found.tokenizer, config.train.max_length)
+    padding = pad_values(found.tokenizer, getattr(found.skeleton, "config", None))
     loader = make_loader(config, splits["train"], padding, accelerator)
     total_steps = total_steps_of(config, loader.steps_per_epoch)
     method = METHODS.get(config.method.name)()
@@ -184,8 +192,11 @@ def find_inputs(config: Config, permissions: Permissions) -> Inputs:
     family = find_family(request, config.model.family)
     skeleton = build_meta(request, family)
     tokenizer = demo_tokenizer() if config.model.name is None else tokenizer_of(config, family, permissions)
-    drop_token_types(tokenizer, getattr(skeleton, "config", None))
-    check_tokenizer(tokenizer, getattr(skeleton, "config", None), config.train.max_length, family)
+    model_config = getattr(skeleton, "config", None)
+    drop_token_types(tokenizer, model_config)
+    ensure_padding(tokenizer)
+    check_tokenizer(tokenizer, model_config, config.train.max_length, family)
+    check_generation(config, task, model_config, family)
     return Inputs(task, request, family, skeleton, tokenizer)
 
 
@@ -242,6 +253,7 @@ def make_engine(config: Config, found: Inputs, method: Method, accelerator: Any,
     dtype = PARAMETER_DTYPES.get(train.precision, torch.float32)
     module = method.prepare(load_module(found.request, found.family, deepspeed, dtype=dtype))
     check_as_planned(module, parts)
+    follow_tokenizer(module, found.tokenizer)
     if train.gradient_checkpointing:
         enable_checkpointing(module)
     module.train()
@@ -265,6 +277,31 @@ def check_as_planned(module: torch.nn.Module, parts: Partition) -> None:
         if name not in parts.parameters:
             other = "the model that was loaded has a parameter '{name}', which that of its config has not"
             raise ModelError(untied(name, tied[name]) if name in tied else other.format(name=name))
+
+
+def check_generation(config: Config, task: Task, model_config: Any, family: Family) -> None:
+    """Refuses a model that cannot read or write what the task asks of it.
+
+    Raises:
+        ModelError: its decoder has no start token.
+        ConfigError: a decoder has no room for what it is to write after the longest prompt.
+    """
+    if task.head == "seq2seq_lm" and getattr(model_config, "decoder_start_token_id", None) is None:
+        raise ModelError(
+            "the model's config has no decoder_start_token_id, with which its decoder begins; set it with model.overrides "
+            "(T5 has 0)"
+        )
+    if task.head != "causal_lm" or not getattr(task, "generates", False):
+        return
+    limit, more = max_tokens(model_config, family), cast(Any, task).max_new_tokens
+    if limit is not None and config.train.max_length + more > limit:
+        raise ConfigError(
+            Fault(
+                "task.max_new_tokens",
+                f"{more} beside train.max_length {config.train.max_length} are more than the {limit} tokens that this model "
+                "takes; lower one of them",
+            )
+        )
 
 
 def check_metric(config: Config, permissions: Permissions) -> None:

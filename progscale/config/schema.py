@@ -40,6 +40,7 @@ NAME_BYTES, FOLDER_BYTES = 255, 3000
 
 GLUE_TASKS = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")
 SQUAD_TASKS = ("squad-v1", "squad-v2")
+LANGUAGE_TASKS = ("causal_lm", "summarization")
 
 
 class Section(BaseModel):
@@ -100,18 +101,19 @@ class Task(Section):
 
     name: Text = Field(
         default="demo",
-        description=f"demo; {', '.join(GLUE_TASKS)}; {', '.join(SQUAD_TASKS)}; table (your own data); or registered",
+        description=f"demo; {', '.join(GLUE_TASKS)}; {', '.join(SQUAD_TASKS)}; over your own data table, "
+        f"{', '.join(LANGUAGE_TASKS)}; or registered",
     )
     path: Text | None = Field(default=None, description="local folder or file in the task's official format; null: the hub")
     hub: Text | None = Field(default=None, description="data set on the hub; null: the task's own")
     train_file: Text | None = Field(
-        default=None, description="training data, below path if that is given (table: csv, tsv, json, jsonl, parquet)"
+        default=None, description="training data, below path if that is given (your own: csv, tsv, json, jsonl, parquet)"
     )
     validation_file: Text | None = Field(
-        default=None, description="evaluation data; table: null sets validation_fraction of the rows aside"
+        default=None, description="evaluation data; of your own data null sets validation_fraction of the rows aside"
     )
     text_columns: Annotated[list[Text], Field(min_length=1, max_length=2)] | None = Field(
-        default=None, description="table: one column, or two for sentence pairs"
+        default=None, description="table: one column, or two for sentence pairs; causal_lm: one, null: text"
     )
     label_column: Text | None = Field(default=None, description="table: column of the label; null: label")
     labels: Annotated[list[Text], Field(min_length=2)] | None = Field(
@@ -121,11 +123,35 @@ class Task(Section):
         default=None, description="table: what the label is; null: told by its type"
     )
     delimiter: Annotated[str, StringConstraints(min_length=1, max_length=1)] | None = Field(
-        default=None, description="table: csv delimiter, one character; null: a comma, in .tsv a tab"
+        default=None, description="your own data: csv delimiter, one character; null: a comma, in .tsv a tab"
     )
     validation_fraction: Share | None = Field(
         default=None,
-        description="table: share of the training rows kept for evaluation where there is no other data for it; null: 0.1",
+        description="your own data: share of the training rows kept for evaluation where there is no other for it; null: 0.1",
+    )
+    source_column: Text | None = Field(
+        default=None, description="summarization: column of the text to read; causal_lm: of the prompt, where there are prompts"
+    )
+    target_column: Text | None = Field(
+        default=None,
+        description="summarization: column of the text to write; causal_lm: of the completion, which alone is learned",
+    )
+    source_prefix: Text | None = Field(
+        default=None, description='summarization, causal_lm: put before every source or prompt, e.g. "summarize: " for T5'
+    )
+    packing: bool | None = Field(
+        default=None, description="causal_lm: join the texts and cut blocks of train.max_length; false: a row each; null: true"
+    )
+    max_target_length: Count | None = Field(
+        default=None, description="summarization, causal_lm with target_column: tokens of a target at most; null: 128"
+    )
+    generate: bool | None = Field(
+        default=None,
+        description="let the model write, and score ROUGE; null: true for summarization, false for causal_lm (needs target_column)",
+    )
+    max_new_tokens: Count | None = Field(default=None, description="generate: tokens written at most; null: max_target_length")
+    num_beams: Annotated[int, Field(ge=1, le=1000)] = Field(
+        default=1, description="generate: beams of the search; 1 takes the best token each time"
     )
     max_train_examples: Count | None = Field(default=None, description="use at most so many training examples")
     max_eval_examples: Count | None = Field(default=None, description="use at most so many examples of an evaluation split")
