@@ -266,13 +266,11 @@ def _language(checks: _Checks) -> None:
             checks.fault("task.text_columns", "given beside task.source_column and task.target_column; keep one or the other")
         elif task.text_columns is not None and len(task.text_columns) > 1:
             checks.fault("task.text_columns", f"{checks.value('task.text_columns')}: causal_lm takes one column")
-        only_pairs = [option for option in ("source_prefix", "max_target_length") if checks.given(f"task.{option}")]
-        if not pairs and task.generate:
-            checks.fault(
-                "task.generate", "true needs task.source_column and task.target_column: a prompt, and what should follow"
-            )
-        for option in only_pairs if not pairs else ():
-            checks.fault(f"task.{option}", "is for prompts and completions: it needs task.source_column and task.target_column")
+        for option in ("generate", "source_prefix", "max_target_length"):
+            if not pairs and checks.given(f"task.{option}"):
+                checks.fault(
+                    f"task.{option}", "is for prompts with completions: it needs task.source_column and task.target_column"
+                )
     if task.packing is not None and (pairs or task.name == "summarization"):
         checks.fault("task.packing", "is for whole texts: pairs of texts are a row each; remove it", "task.name")
     generates = task.generate is True or (task.generate is None and task.name == "summarization")

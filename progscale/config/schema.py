@@ -147,7 +147,7 @@ class Task(Section):
     )
     generate: bool | None = Field(
         default=None,
-        description="let the model write, and score ROUGE; null: true for summarization, false for causal_lm (needs target_column)",
+        description="let the model write, and score ROUGE; null: for summarization true, for causal_lm false",
     )
     max_new_tokens: Count | None = Field(default=None, description="generate: tokens written at most; null: max_target_length")
     num_beams: Annotated[int, Field(ge=1, le=1000)] = Field(

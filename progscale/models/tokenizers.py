@@ -70,7 +70,8 @@ def follow_tokenizer(model: Any, tokenizer: Any) -> None:
     A decoder's classifier looks for the last token before it, generation fills with it, and who loads the exported model needs
     both. It is done after the model is built: its embeddings would leave out the gradient of a pad token that they know of.
     """
-    for config in (getattr(model, "config", None), getattr(model, "generation_config", None)):
+    for name in ("config", "generation_config"):
+        config: Any = getattr(model, name, None)
         if hasattr(config, "pad_token_id"):
             config.pad_token_id = tokenizer.pad_token_id
 
