@@ -268,9 +268,7 @@ def _language(checks: _Checks) -> None:
             checks.fault("task.text_columns", f"{checks.value('task.text_columns')}: causal_lm takes one column")
         for option in ("generate", "source_prefix", "max_target_length"):
             if not pairs and checks.given(f"task.{option}"):
-                checks.fault(
-                    f"task.{option}", "is for prompts with completions: it needs task.source_column and task.target_column"
-                )
+                checks.fault(f"task.{option}", "is for prompts with completions; it needs task.source_column and target_column")
     if task.packing is not None and (pairs or task.name == "summarization"):
         checks.fault("task.packing", "is for whole texts: pairs of texts are a row each; remove it", "task.name")
     generates = task.generate is True or (task.generate is None and task.name == "summarization")
