@@ -224,7 +224,7 @@ def test_the_hub_is_out_of_reach(own: dict[str, Any], task: str) -> None:
 
 def test_a_split_that_the_hub_has_not(own: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     table = Table("hub/trian", {"text": ["a"], "verdict": [1]}, str)
-    monkeypatch.setattr("progscale.tasks.table.load_hub", lambda name: {"trian": table, "test": table})
+    monkeypatch.setattr("progscale.tasks.sources.load_hub", lambda name: {"trian": table, "test": table})
     change = {"task__train_file": ..., "task__validation_file": ..., "task__hub": "no-one/data"}
     refused(dry(own, **change), "no-one/data has no split 'train' (trian, test); did you mean 'trian'?")
 
