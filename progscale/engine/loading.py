@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from progscale.blocks import partition
 from progscale.engine import ranks
 from progscale.errors import ModelError
 from progscale.models.family import Family, ModelRequest
-from progscale.models.loading import adapted, auto_class, load_config, load_model
+from progscale.models.loading import adapted, auto_class, load_config, load_model, location
 from progscale.models.weights import checkpoint_files, checkpoint_names, find_safetensors
 
 
@@ -72,6 +73,14 @@ def load_partitioned(request: ModelRequest, family: Family, deepspeed: Mapping[s
         give_back_memory()
     # Tied names still point at the empty tensor that was there before.
     module.tie_weights()
+    if module.can_generate():
+        from transformers import GenerationConfig
+
+        # Without the file the one that transformers has made of the model's config stays.
+        with contextlib.suppress(OSError):
+            module.generation_config = GenerationConfig.from_pretrained(
+                location(request.name), revision=request.revision or "main"
+            )
     module.eval()
     return module
 

@@ -172,7 +172,7 @@ def _from_pretrained(request: ModelRequest, family: Family, config: PretrainedCo
         checkpoint_files(request.name, request.revision)
     try:
         model, info = auto.from_pretrained(
-            _location(request.name),
+            location(request.name),
             config=config,
             revision=request.revision or "main",
             use_safetensors=not pickled,
@@ -216,7 +216,7 @@ def _published_config(request: ModelRequest) -> PretrainedConfig:
         )
     try:
         return AutoConfig.from_pretrained(
-            _location(request.name), revision=request.revision or "main", trust_remote_code=request.trust_remote_code
+            location(request.name), revision=request.revision or "main", trust_remote_code=request.trust_remote_code
         )
     except Exception as error:  # a config is validated by whatever class it names
         raise ModelError(f"model '{request.name}': its config cannot be read ({_first_line(error)})") from error
@@ -362,7 +362,8 @@ def auto_class(request: ModelRequest, config: PretrainedConfig) -> Any:
     return auto
 
 
-def _location(name: str) -> str:
+def location(name: str) -> str:
+    """What transformers is to load from: a folder's path with its `~` expanded, or a hub id as it is."""
     folder = local_folder(name)
     return str(folder) if folder is not None else name
 
