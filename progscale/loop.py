@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import random
 import time
 from typing import Any, cast
@@ -21,9 +20,6 @@ from progscale.schedule import Stage
 from progscale.session import Session
 from progscale.tasks.base import GeneratingTask, Task, Tokenized, evaluate_task
 from progscale.trackers import score_line, stage_table
-
-# Above it e to its power is no float any more.
-LARGEST_EXPONENT = 709.0
 
 
 def train(session: Session) -> dict[str, Any]:
@@ -156,7 +152,8 @@ def score(task: Task, split: Tokenized, name: str, everyone: list[tuple[dict[int
         loss, of_split = sum(loss for _, loss in everyone) / split.weight(), name.removeprefix("validation")
         scores |= {f"loss{of_split}": loss}
         if split.targets is not None:
-            scores |= {f"perplexity{of_split}": math.exp(min(loss, LARGEST_EXPONENT))}
+            with np.errstate(over="ignore"):  # a loss above 709 has none that a float could hold
+                scores |= {f"perplexity{of_split}": float(np.exp(loss))}
     return scores
 
 

@@ -82,7 +82,7 @@ class Run(Section):
 
 
 class Model(Section):
-    """Which encoder, and where it comes from."""
+    """Which model, and where it comes from."""
 
     name: Text | None = Field(
         default=None, description="hub id, local folder or well-known architecture; null: the demo's tiny encoder"
@@ -150,8 +150,8 @@ class Task(Section):
         description="let the model write, and score ROUGE; null: for summarization true, for causal_lm false",
     )
     max_new_tokens: Count | None = Field(default=None, description="generate: tokens written at most; null: max_target_length")
-    num_beams: Annotated[int, Field(ge=1, le=1000)] = Field(
-        default=1, description="generate: beams of the search; 1 takes the best token each time"
+    num_beams: Annotated[int, Field(ge=1, le=1000)] | None = Field(
+        default=None, description="generate: beams of the search; null: 1, which takes the best token each time"
     )
     max_train_examples: Count | None = Field(default=None, description="use at most so many training examples")
     max_eval_examples: Count | None = Field(default=None, description="use at most so many examples of an evaluation split")

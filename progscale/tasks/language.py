@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from progscale.errors import DataError, ModelError
+from progscale.errors import ConfigError, DataError, Fault, ModelError
 from progscale.tasks.base import IGNORED, Tokenized
 from progscale.tasks.cache import Arrays, batches_with_progress
 from progscale.tasks.examples import ExampleTask
@@ -76,6 +76,7 @@ class LanguageTask(ExampleTask[Documents]):
 
     Raises:
         DataError: the data cannot be used.
+        ConfigError: `task.metric` does not fit.
     """
 
     # Outputs are the vocabulary's: there are no labels to name.
@@ -88,7 +89,9 @@ class LanguageTask(ExampleTask[Documents]):
         self.metric_names = (("rougeL", "rouge1", "rouge2") if self.generates else ()) + ("loss", "perplexity")
         super().__init__(name, config, seed=seed)
         if self._own_metric and not self.generates:
-            raise DataError(f"task.metric: '{config.metric}' scores texts, and this run writes none; set task.generate to true")
+            raise ConfigError(
+                Fault("task.metric", f"'{config.metric}' scores texts, and this run writes none; set task.generate")
+            )
         self.max_target_length = int(self.config_value("max_target_length", MAX_TARGET_LENGTH))
         self._tokenizer: Any = None
 

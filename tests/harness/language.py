@@ -96,7 +96,13 @@ def token_split(family: str, rows: int) -> Tokenized:
     return Tokenized({"input_ids": ids}, ids.lengths, {"labels": Ragged(values, ids.offsets)}, written, ids.lengths - prompts)
 
 
-def run(engine: str = "plain", family: str = "gpt2", steps: int = 4, options: dict[str, Any] | None = None) -> Outcome:
+def run(
+    engine: str = "plain",
+    family: str = "gpt2",
+    steps: int = 4,
+    options: dict[str, Any] | None = None,
+    precision: str = "fp32",
+) -> Outcome:
     """Trains two stages on batches whose ranks have unequally many target tokens, evaluates, and lets the model write.
 
     Args:
@@ -104,10 +110,11 @@ def run(engine: str = "plain", family: str = "gpt2", steps: int = 4, options: di
         family: "gpt2" or "t5".
         steps: of both stages; the last batch of an epoch of two is short.
         options: of the schedule `custom`; None for `progtuning`.
+        precision: of the engine.
     """
     module = tiny_model(family, "seq2seq_lm" if family == "t5" else "causal_lm")
     module.train()
-    made = make_engine(module, engine)
+    made = make_engine(module, engine, precision=precision)
     schedule = "progtuning" if options is None else "custom"
     _, builds = builds_of(module, schedule, "first_stage", 2, steps, "full", options or {})
     split, pad = token_split(family, 9), pad_values(word_tokenizer(), module.config)

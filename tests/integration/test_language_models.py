@@ -170,3 +170,36 @@ def test_classification(tmp_path: Path, family: str) -> None:
         alone = torch.cat([exported(**own(text, return_tensors="pt")).logits for text in texts[:6]])
         together = exported(**own(texts[:6], return_tensors="pt", padding=True, padding_side="right")).logits
     assert torch.allclose(alone, together, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        (
+            "gpt2",
+            {"task__generate": True, "task__max_new_tokens": 50},
+            "task.max_new_tokens: 50 beside train.max_length 24 are more than the 64 tokens that this model takes",
+        ),
+        ("gpt2", {"task__name": "summarization"}, "transformers has no seq2seq lm head for model type 'gpt2'"),
+        ("t5", {"task__name": "causal_lm"}, "transformers has no causal lm head for model type 't5'"),
+        (
+            "t5",
+            {"task__name": "summarization", "model__overrides": {"decoder_start_token_id": None}},
+            "the model's config has no decoder_start_token_id",
+        ),
+        ("gpt2", {"task__metric": "rougeL"}, "task.metric: 'rougeL' is not a metric of this task (loss, perplexity)"),
+        (
+            "t5",
+            {"task__name": "summarization", "schedule__name": "custom", "schedule__first_blocks": {"encoder": [0, 2]}},
+            "schedule.first_blocks: given for encoder; the model's stacks of blocks are encoder, decoder",
+        ),
+    ],
+)
+def test_bad_inputs(tmp_path: Path, family: str, changes: dict[str, Any], message: str) -> None:
+    model = model_folder(tmp_path / family, family, "seq2seq_lm" if family == "t5" else "causal_lm")
+    data = write_jsonl(tmp_path / "data.jsonl", q=sentences(20), a=sentences(20))
+    common = {"task__name": "causal_lm", "task__train_file": str(data), "model__name": str(model), "task__max_target_length": 4}
+    columns = {"task__source_column": "q", "task__target_column": "a", "task__validation_fraction": 0.2}
+    answer = train(tmp_path / "runs", "--dry-run", **{**common, **columns, **changes})
+    assert answer.code == 2
+    assert message in " ".join(answer.err.split())
