@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import TYPE_CHECKING, Literal
 
 from progscale.errors import ModelError, nearest
@@ -177,10 +178,11 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
 
 def _base_path(modules: Mapping[str, torch.nn.Module], family: Family) -> str:
     """The base model's path with its final dot ("bert.", "" for a model that is its own base)."""
-    wanted = [".".join(filter(None, (family.base, path))) for path in family.stacks.values()]
-    for wrapper in _WRAPPERS:
-        if all(wrapper + path in modules for path in wanted):
-            return f"{wrapper}{family.base}." if family.base else wrapper
+    for wrapper, base in product(_WRAPPERS, family.bases):
+        root = f"{wrapper}{base}." if base else wrapper
+        if all(root + path in modules for path in family.stacks.values()):
+            return root
+    wanted = [".".join(filter(None, (family.bases[0], path))) for path in family.stacks.values()]
     missing = next(path for path in wanted if path not in modules)
     parent = missing
     while parent and parent not in modules:
@@ -224,13 +226,13 @@ def _place(
         return _Place("head")
     below = name[len(root) :]
     found: list[tuple[_Place, str]] = []
-    for part, pattern, regex in rules:
-        if regex.match(below):
-            used.add(pattern)
-            found.append((_Place(part), f"{part} pattern '{pattern}'"))
+    claims = [rule for rule in rules if rule[2].match(below)]
+    for part, pattern, _ in claims:
+        used.add(pattern)
+        found.append((_Place(part), f"{part} pattern '{pattern}'"))
     for stack, children in stacks.items():
         for prefix, index in children.items():
-            if name.startswith(prefix):
+            if name.startswith(prefix) and not any(_reaches_into(prefix[len(root) :], rule) for rule in claims):
                 found.append((_Place("block", stack, index), f"stack '{stack}'"))
     if not found:
         raise ModelError(
@@ -244,6 +246,12 @@ def _place(
             f"{' and by '.join(rule for _, rule in found)}; make the patterns of the family disjoint"
         )
     return found[0][0]
+
+
+def _reaches_into(block: str, rule: _Rule) -> bool:
+    """Whether a rule gives something inside a block ("encoder.block.0.") to the embeddings, and not the block as a whole."""
+    part, pattern, _ = rule
+    return part == "embeddings" and pattern.count(".") >= block.count(".")
 
 
 def _one_place(names: tuple[str, ...], places: list[_Place], family: Family) -> _Place:

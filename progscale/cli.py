@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from progscale import __version__
 from progscale.config import Config, describe_schema, dump_config, load_config
-from progscale.config.schema import SQUAD_TASKS
+from progscale.config.schema import LANGUAGE_TASKS, SQUAD_TASKS
 from progscale.errors import ConfigError, DataError, Fault, LaunchError, ModelError, ProgscaleError, UserError
 from progscale.launcher import read_ranks
 from progscale.names import method_options, name_faults, with_options
@@ -206,7 +206,7 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--embeddings", metavar="WHEN", help="short for schedule.embeddings: always, first_stage, never")
     parser.add_argument(
         "--head",
-        choices=["sequence_classification", "question_answering"],
+        choices=["sequence_classification", "question_answering", "causal_lm", "seq2seq_lm"],
         help="the model's head; default: that of the config's task, else sequence_classification",
     )
     parser.add_argument(
@@ -332,6 +332,8 @@ def head_of(config: Config) -> tuple[HeadKind, int]:
     task = config.task
     if task.name in SQUAD_TASKS:
         return "question_answering", 2
+    if task.name in LANGUAGE_TASKS:
+        return ("seq2seq_lm" if task.name == "summarization" else "causal_lm"), 2
     if task.name in GLUE:
         return "sequence_classification", len(GLUE[task.name].classes) or 1
     return "sequence_classification", 1 if task.problem_type == "regression" else len(task.labels or ()) or 2

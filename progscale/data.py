@@ -6,6 +6,7 @@ order is a pure function of (seed, epoch), so that a position in it is all a res
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from progscale.errors import DataError, ModelError
-from progscale.tasks.base import Tokenized, evaluate_task
+from progscale.tasks.base import IGNORED, Tokenized, evaluate_task
+from progscale.tasks.ragged import Ragged
 
 # Rows are grouped by length among so many global batches: enough to find alike ones, few enough to stay random.
 MEGA_BATCHES = 50
+DECODER_INPUT = "decoder_input_ids"
 
 __all__ = [
     "GlobalBatch",
@@ -121,7 +124,7 @@ class MicroBatch:
 
     Attributes:
         inputs: model inputs by name, int64, shape `(rows, longest row)`, "attention_mask" among them.
-        labels: targets by name, shape `(rows,)`.
+        labels: targets by name, shape `(rows,)`, or `(rows, longest target)` with IGNORED where there is none.
         rows: row numbers in the split.
         weight: 1.0; 0.0 for a filler, run only because other ranks have a batch: its loss and predictions are dropped.
         tokens: real tokens, without padding; 0 for a filler.
@@ -155,7 +158,8 @@ class GlobalBatch:
 
     Attributes:
         micro_batches: of this rank; as many on every rank.
-        size: rows of the global batch over all ranks: what the loss is divided by.
+        size: rows of the global batch over all ranks.
+        weight: what the loss is divided by: the rows, or the target tokens, of the global batch over all ranks.
         tokens: real tokens of the global batch over all ranks.
         index: of the step within its epoch, 0-based.
         rows: of the global batch over all ranks.
@@ -163,24 +167,31 @@ class GlobalBatch:
 
     micro_batches: list[MicroBatch]
     size: int
+    weight: int
     tokens: int
     index: int
     rows: np.ndarray
 
     def pin_memory(self) -> GlobalBatch:
         """The same in page-locked memory."""
-        return GlobalBatch([batch.pin_memory() for batch in self.micro_batches], self.size, self.tokens, self.index, self.rows)
+        return dataclasses.replace(self, micro_batches=[batch.pin_memory() for batch in self.micro_batches])
 
 
-def pad_values(tokenizer: Any) -> dict[str, int]:
-    """What stands in padded places, by model input.
+def pad_values(tokenizer: Any, config: Any = None) -> dict[str, int]:
+    """What stands in padded places, by model input, and for an encoder-decoder what its decoder begins with.
+
+    Args:
+        tokenizer: of the model.
+        config: of the model; None for one that has none.
 
     Raises:
         ModelError: the tokenizer has no padding token.
     """
     if tokenizer.pad_token_id is None:
         raise ModelError("the tokenizer has no padding token: set pad_token in the model's tokenizer_config.json")
-    return {"input_ids": int(tokenizer.pad_token_id), "token_type_ids": int(tokenizer.pad_token_type_id)}
+    values = {"input_ids": int(tokenizer.pad_token_id), "token_type_ids": int(tokenizer.pad_token_type_id)}
+    start = getattr(config, "decoder_start_token_id", None) if getattr(config, "is_encoder_decoder", False) else None
+    return values if start is None else {**values, DECODER_INPUT: int(start)}
 
 
 def collate(
@@ -194,6 +205,8 @@ def collate(
 ) -> MicroBatch:
     """The given rows as tensors, padded on the right to the longest of them.
 
+    An encoder-decoder that is trained on sequences also gets its decoder's input: the labels, shifted to the right.
+
     Args:
         split: the data.
         rows: row numbers, at least one.
@@ -203,13 +216,30 @@ def collate(
         min_tokens: the length at the least.
         weight: 0.0 marks a filler.
     """
-    lengths = split.lengths[rows]
-    longest = int(lengths.max())
-    width = max(min_tokens, min(-(-longest // multiple_of) * multiple_of, int(split.lengths.max())))
-    inputs = {name: torch.from_numpy(column.padded(rows, width, pad.get(name, 0))) for name, column in split.columns.items()}
+
+    def padded(column: Ragged, fill: int, at_least: int = 1) -> torch.Tensor:
+        longest = int(column.lengths[rows].max())
+        width = max(at_least, min(-(-longest // multiple_of) * multiple_of, int(column.lengths.max())))
+        return torch.from_numpy(column.padded(rows, width, fill))
+
+    inputs = {name: padded(column, pad.get(name, 0), min_tokens) for name, column in split.columns.items()}
+    lengths, width = split.columns["input_ids"].lengths[rows], inputs["input_ids"].shape[1]
     inputs["attention_mask"] = torch.from_numpy((np.arange(width) < lengths[:, None]).astype(np.int64))
-    labels = {name: torch.from_numpy(np.asarray(values)[rows]) for name, values in split.labels.items()}
-    return MicroBatch(inputs, labels, rows, weight, int(lengths.sum()) if weight else 0)
+    labels = {}
+    for name, values in split.labels.items():
+        if not isinstance(values, Ragged):
+            labels[name] = torch.from_numpy(np.asarray(values)[rows])
+            continue
+        labels[name] = padded(values, IGNORED)
+        if DECODER_INPUT in pad:
+            inputs[DECODER_INPUT] = shift_right(labels[name], pad[DECODER_INPUT], pad["input_ids"])
+    return MicroBatch(inputs, labels, rows, weight, int(split.lengths[rows].sum()) if weight else 0)
+
+
+def shift_right(labels: torch.Tensor, start: int, pad: int) -> torch.Tensor:
+    """A decoder's input: each row one place to the right after the start token; ignored places become padding."""
+    shifted = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], dim=1)
+    return shifted.masked_fill(shifted == IGNORED, pad)
 
 
 class TrainLoader:
@@ -319,7 +349,7 @@ class TrainLoader:
         micro_batches = [
             _collate_or_fill(self.split, step, self.rank, self.pad, self.multiple_of, self.min_tokens) for step in micro_steps
         ]
-        return GlobalBatch(micro_batches, len(rows), int(lengths[rows].sum()), index, rows)
+        return GlobalBatch(micro_batches, len(rows), self.split.weight(rows), int(lengths[rows].sum()), index, rows)
 
 
 class _Steps(Dataset[GlobalBatch]):

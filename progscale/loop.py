@@ -5,18 +5,19 @@ from __future__ import annotations
 import functools
 import random
 import time
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
+from progscale.data import MicroBatch
 from progscale.engine.base import StepResult
 from progscale.errors import NonFiniteError, PreemptedError
 from progscale.meters import Audit, StageMeter
 from progscale.progress import Progress
 from progscale.schedule import Stage
 from progscale.session import Session
-from progscale.tasks.base import Task, Tokenized, evaluate_task
+from progscale.tasks.base import GeneratingTask, Task, Tokenized, evaluate_task
 from progscale.trackers import score_line, stage_table
 
 
@@ -43,7 +44,7 @@ def train(session: Session) -> dict[str, Any]:
             s.sign(f"step {step}")
             seed_step(config.run.seed, step, engine.rank)
             rate = s.learning_rate(step)
-            result = engine.train_step(batch.micro_batches, batch.size, s.task.loss, rate, s.notice)
+            result = engine.train_step(batch.micro_batches, batch.weight, s.task.loss, rate, s.notice)
             s.heed(result.notices)
             check_finite(s, progress, result, step, batch)
             meter.step(batch.size, batch.tokens, result.applied)
@@ -109,12 +110,14 @@ def evaluate(s: Session, progress: Progress, step: int) -> bool:
                 if s.ask_to_stop():
                     return False
                 outputs = s.engine.forward(micro.inputs)
+                written = generate(s, micro, split)
                 if not micro.weight:
                     continue  # a filler: this rank ran out of rows, but must take part in the forward pass
                 if micro.labels:
                     loss += s.task.loss(outputs, s.engine.to_device(micro.labels)).sum().double().cpu()
                 rows = micro.rows.tolist()
-                predictions.update(zip(rows, s.task.predict(outputs, rows, split), strict=True))
+                seen = outputs if written is None else written
+                predictions.update(zip(rows, s.task.predict(seen, rows, split), strict=True))
         everyone = s.engine.gather_objects((predictions, float(loss)))
         scores = s.engine.on_main(functools.partial(score, s.task, split, name, everyone))
         metrics |= scores
@@ -129,11 +132,27 @@ def evaluate(s: Session, progress: Progress, step: int) -> bool:
     return True
 
 
+def generate(s: Session, micro: MicroBatch, split: Tokenized) -> torch.Tensor | None:
+    """The token ids that the model writes for a micro-batch, a filler too; None where the task asks for none."""
+    options = getattr(s.task, "generation", None)
+    if options is None:
+        return None
+    task = cast(GeneratingTask, s.task)
+    return s.engine.generate(task.prompts(micro.inputs, micro.rows.tolist(), split), **options)
+
+
 def score(task: Task, split: Tokenized, name: str, everyone: list[tuple[dict[int, Any], float]]) -> dict[str, float]:
-    """Metrics and mean loss of a split, from (predictions, summed loss) of every rank."""
+    """Metrics of a split, and its mean loss, from (predictions, summed loss) of every rank.
+
+    Where the mean is over target tokens there is the perplexity too, e to its power.
+    """
     scores = evaluate_task(task, split, name, merge([predictions for predictions, _ in everyone]))
     if split.labels:
-        scores |= {f"loss{name.removeprefix('validation')}": sum(loss for _, loss in everyone) / len(split)}
+        loss, of_split = sum(loss for _, loss in everyone) / split.weight(), name.removeprefix("validation")
+        scores |= {f"loss{of_split}": loss}
+        if split.targets is not None:
+            with np.errstate(over="ignore"):  # a loss above 709 has none that a float could hold
+                scores |= {f"perplexity{of_split}": float(np.exp(loss))}
     return scores
 
 

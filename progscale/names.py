@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from progscale.config import Config, Option
 from progscale.config.faults import from_pydantic
 from progscale.config.kinds import type_text
-from progscale.config.schema import ADAM_OPTIMIZERS, GLUE_TASKS, LION_OPTIMIZERS, SQUAD_TASKS
+from progscale.config.schema import ADAM_OPTIMIZERS, GLUE_TASKS, LANGUAGE_TASKS, LION_OPTIMIZERS, SQUAD_TASKS
 from progscale.errors import Fault, nearest
 from progscale.methods import METHODS
 from progscale.models.family import FAMILIES
@@ -25,7 +25,7 @@ from progscale.schedule import SCHEDULES
 # Registries whose modules import no torch answer for themselves.
 LIGHT: dict[str, Registry[Any]] = {registry.group: registry for registry in (METHODS, FAMILIES, SCHEDULES)}
 BUILT_IN = {
-    "progscale.tasks": ("demo", *GLUE_TASKS, *SQUAD_TASKS, "table"),
+    "progscale.tasks": ("demo", *GLUE_TASKS, *LANGUAGE_TASKS, *SQUAD_TASKS, "table"),
     "progscale.optimizers": (*ADAM_OPTIMIZERS, *LION_OPTIMIZERS),
 }
 

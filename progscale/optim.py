@@ -72,7 +72,7 @@ def build_for(
         signature = tuple(info.name in names for names in live)
         if not any(signature):
             continue
-        # Biases and norms are the tensors of one dimension in every Transformer encoder.
+        # Biases and norms are the tensors of one dimension in every Transformer.
         decay = weight_decay if decay_bias_and_norm or len(info.shape) > 1 else 0.0
         kind = info.stack if info.part == "block" else info.part
         assert kind is not None

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal
 
 from progscale.blocks import Partition, partition
@@ -45,6 +46,8 @@ class PlanStage:
         embeddings: whether a tensor of the embeddings is trained.
         trainable_parameters: elements that each of its steps trains.
         updated_parameters: trainable parameters x epochs.
+        lowest_trained: the block, counted through all stacks, down to which the gradient has to run; 0 with the embeddings, the
+            number of blocks where the head alone is trained.
     """
 
     stage: int
@@ -56,6 +59,7 @@ class PlanStage:
     embeddings: bool
     trainable_parameters: int
     updated_parameters: Fraction
+    lowest_trained: int
 
     def to_json(self) -> dict[str, Any]:
         """As plain data; `first_block` is a number when the model has one stack of blocks."""
@@ -84,6 +88,7 @@ class Plan:
         total_parameters: elements of the whole model, tied tensors once.
         baseline_trainable_parameters: elements that the method trains with every block and the embeddings live.
         block_fraction: share of the blocks' elements that the method trains (1 for full fine-tuning).
+        block_parameters: elements of a block of each stack.
         model: its name.
         method: its name.
         schedule: its name.
@@ -95,6 +100,7 @@ class Plan:
     total_parameters: int
     baseline_trainable_parameters: int
     block_fraction: Fraction
+    block_parameters: Mapping[str, Fraction]
     model: str = ""
     method: str = ""
     schedule: str = ""
@@ -201,6 +207,7 @@ def make_plan(
                 embeddings=any(parts.parameters[name].part == "embeddings" for name in names),
                 trainable_parameters=count,
                 updated_parameters=count * epochs,
+                lowest_trained=_lowest_trained(parts, names),
             )
         )
     everything = Stage(1, 0, 1, {stack: tuple(range(n)) for stack, n in parts.num_blocks.items()}, embeddings=True)
@@ -213,10 +220,39 @@ def make_plan(
         total_parameters=parts.numel(),
         baseline_trainable_parameters=parts.count(baseline),
         block_fraction=Fraction(in_blocks, max(1, parts.numel("block"))),
+        block_parameters={stack: _block_parameters(parts, stack) for stack in parts.num_blocks},
         model=model,
         method=method.name,
         schedule=schedule,
     )
+
+
+def _block_parameters(parts: Partition, stack: str) -> Fraction:
+    count = parts.num_blocks[stack]
+    return Fraction(sum(parts.count(parts.block_names(stack, block)) for block in range(count)), count)
+
+
+def _lowest_trained(parts: Partition, names: Sequence[str]) -> int:
+    """See `PlanStage.lowest_trained`. A norm that closes a stack below another is trained with the head, above its last block."""
+    first_of = dict(zip(parts.num_blocks, accumulate([0, *parts.num_blocks.values()]), strict=False))
+    below = {}
+    begun = 0
+    for info in parts.parameters.values():
+        if info.stack is not None:
+            begun = max(begun, first_of[info.stack] + parts.num_blocks[info.stack])
+        below[info.name] = begun
+    total = sum(parts.num_blocks.values())
+    lowest = total
+    for name in names:
+        info = parts.parameters[name]
+        if info.part == "embeddings":
+            return 0
+        if info.stack is not None and info.block is not None:
+            lowest = min(lowest, first_of[info.stack] + info.block)
+        elif len(parts.num_blocks) > 1:
+            # Before the first block stands what was made first, wherever it is used.
+            lowest = min(lowest, below[name] or total)
+    return lowest
 
 
 def plan_for(
@@ -326,30 +362,26 @@ def compute_share(plan: Plan, *, cache: bool = False) -> float:
 
     A block costs a forward pass, as much again for the gradient of its input, and as much again for the gradient of
     its weights (in proportion to the elements that the method trains). The gradient must reach the lowest live
-    block, and every block while the embeddings are trained.
+    block, and every block while the embeddings are trained. Blocks of several stacks count by their elements, as if all stacks
+    saw equally many tokens.
 
     Args:
         plan: stacks are taken to follow each other, as a decoder follows its encoder.
         cache: the frozen prefix is stored: once frozen for good, a block runs forward once for each example.
     """
-    blocks = [(stack, index) for stack, count in plan.num_blocks.items() for index in range(count)]
-    lowest = []
-    for stage in plan.stages:
-        live = [i for i, (stack, index) in enumerate(blocks) if index in stage.live_blocks[stack]]
-        lowest.append(0 if stage.embeddings else min(live, default=len(blocks)))
+    sizes = [plan.block_parameters[stack] for stack, count in plan.num_blocks.items() for _ in range(count)]
     cost = Fraction(0)
-    for stage, first in zip(plan.stages, lowest, strict=True):
-        steps = stage.end_step - stage.start_step
-        live_count = sum(len(live) for live in stage.live_blocks.values())
-        cost += steps * (len(blocks) - first + live_count * plan.block_fraction)
-    for i in range(len(blocks)):
+    for stage in plan.stages:
+        live = sum(plan.block_parameters[stack] * len(blocks) for stack, blocks in stage.live_blocks.items())
+        cost += (stage.end_step - stage.start_step) * (sum(sizes[stage.lowest_trained :]) + live * plan.block_fraction)
+    for i, size in enumerate(sizes):
         frozen_from = plan.total_steps
-        for stage, first in zip(reversed(plan.stages), reversed(lowest), strict=True):
-            if i >= first or not cache:
+        for stage in reversed(plan.stages):
+            if i >= stage.lowest_trained or not cache:
                 break
             frozen_from = stage.start_step
-        cost += frozen_from + min(plan.total_steps - frozen_from, plan.steps_per_epoch)
-    return float(cost / (plan.total_steps * len(blocks) * (2 + plan.block_fraction)))
+        cost += size * (frozen_from + min(plan.total_steps - frozen_from, plan.steps_per_epoch))
+    return float(cost / (plan.total_steps * sum(sizes) * (2 + plan.block_fraction)))
 
 
 def state_bytes(

@@ -23,6 +23,7 @@ from progscale.engine import ranks
 from progscale.errors import ConfigError, Fault, RejectedError, printable
 from progscale.schedule import Stage
 from progscale.tasks.base import Tokenized
+from progscale.tasks.ragged import Ragged
 
 FOLDER = "checkpoints"
 POLICIES = ("auto", "never", "must")
@@ -158,7 +159,11 @@ def fingerprint(split: Tokenized) -> str:
         digest.update(np.ascontiguousarray(column.offsets, dtype=np.int64).data)
     for name, labels in sorted(split.labels.items()):
         digest.update(name.encode())
-        digest.update(np.ascontiguousarray(np.asarray(labels)).data)
+        if isinstance(labels, Ragged):
+            digest.update(np.ascontiguousarray(labels.values, dtype=np.int64).data)
+            digest.update(np.ascontiguousarray(labels.offsets, dtype=np.int64).data)
+        else:
+            digest.update(np.ascontiguousarray(np.asarray(labels)).data)
     return digest.hexdigest()[:16]
 
 

@@ -8,7 +8,7 @@ even rule for the blocks is floor((t-1)·L/T), the one that reproduces the paper
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -18,6 +18,8 @@ from progscale.errors import ScheduleError
 from progscale.registry import Registry
 
 EmbeddingsPolicy = Literal["always", "first_stage", "never"]
+# Options that a model with several stacks may be given for each of them.
+BY_STACK = ("first_blocks", "block_weights")
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,8 @@ def build_stages(
         stages: T, at least 1. T above the number of blocks is allowed: some stages then equal the one before.
         total_steps: S, optimizer steps of the whole run.
         embeddings: in which stages the embeddings are trained.
-        options: what the schedule needs of its own (`first_blocks`, `block_weights`, `starts`).
+        options: what the schedule needs of its own (`first_blocks`, `block_weights`, `starts`). The first two may be given by
+            stack, `{"encoder": […], "decoder": […]}`; else they hold for every stack.
 
     Raises:
         ScheduleError: stages below 1 or above the number of steps, or options that do not fit the model.
@@ -190,7 +193,13 @@ def build_stages(
     if stages < 1:
         raise ScheduleError(f"schedule.stages: {stages}; at least 1 is needed")
     starts = stage_starts(stages, total_steps, options.get("starts"))
-    live = {stack: [tuple(blocks) for blocks in schedule(Request(count, stages, options))] for stack, count in num_blocks.items()}
+    live = {}
+    for stack, count in num_blocks.items():
+        try:
+            found = schedule(Request(count, stages, _options_of(stack, num_blocks, options)))
+        except ScheduleError as error:
+            raise error if len(num_blocks) == 1 else ScheduleError(f"{error} (stack '{stack}')") from None
+        live[stack] = [tuple(blocks) for blocks in found]
     for stack, per_stage in live.items():
         _check(name, stack, per_stage, num_blocks[stack], stages)
     return tuple(
@@ -203,6 +212,22 @@ def build_stages(
         )
         for t in range(stages)
     )
+
+
+def _options_of(stack: str, stacks: Iterable[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options for one stack, of those that may be given by stack."""
+    own = dict(options)
+    for key in BY_STACK:
+        value = options.get(key)
+        if not isinstance(value, Mapping):
+            continue
+        if set(value) != set(stacks):
+            raise ScheduleError(
+                f"schedule.{key}: given for {', '.join(value)}; the model's stacks of blocks are {', '.join(stacks)}: "
+                "give one list for each, or one list for all"
+            )
+        own[key] = value[stack]
+    return own
 
 
 def stage_starts(stages: int, total_steps: int, starts: Sequence[int] | None = None) -> list[int]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -23,7 +23,7 @@ from progscale.engine import ranks
 from progscale.engine.base import Engine, EngineSettings
 from progscale.engine.deepspeed import check_release
 from progscale.engine.launch import check_precision, create_engine, make_accelerator, set_up_cpu
-from progscale.engine.loading import load_module
+from progscale.engine.loading import load_module, untied
 from progscale.errors import ConfigError, Fault, FinishedError, ModelError, printable
 from progscale.export import describe
 from progscale.layers import seeded
@@ -33,7 +33,14 @@ from progscale.methods import Method, Subject, make_method
 from progscale.models.family import Family, ModelRequest
 from progscale.models.loading import build_meta, check_weights, find_family
 from progscale.models.saving import save_whole
-from progscale.models.tokenizers import check_tokenizer, drop_token_types, load_tokenizer
+from progscale.models.tokenizers import (
+    check_tokenizer,
+    drop_token_types,
+    ensure_padding,
+    follow_tokenizer,
+    load_tokenizer,
+    max_tokens,
+)
 from progscale.names import method_faults, with_options
 from progscale.optim import build_for
 from progscale.optimizers import OPTIMIZERS, Optimizer, Request
@@ -112,8 +119,9 @@ def prepare(
     notice = optimizer_of(config).check(torch.device(accelerator.device))
     if notice is not None:
         console.show(notice)
-    splits, padding = task.tokenize(found.tokenizer, config.train.max_length), pad_values(found.tokenizer)
+    splits = task.tokenize(found.tokenizer, config.train.max_length)
     model_config = getattr(found.skeleton, "config", None)
+    padding = pad_values(found.tokenizer, model_config)
     min_tokens = 1 if family.min_tokens is None else family.min_tokens(model_config)
     loader = make_loader(config, splits["train"], padding, accelerator, min_tokens)
     total_steps = total_steps_of(config, loader.steps_per_epoch)
@@ -151,7 +159,7 @@ def prepare(
     if folder is not None and folder.moved is not None:
         console.show(f"the run that lay in {folder.path} is now in {folder.moved}{unfinished(folder.moved)}")
     memory = MemoryMeter(torch.device(accelerator.device))
-    engine = make_engine(config, found, method, accelerator)
+    engine = make_engine(config, found, method, accelerator, parts)
     # What is here now stays to the end. Without this each switch would scan it all in search of the old engine's cycles.
     gc.collect()
     gc.freeze()
@@ -204,11 +212,13 @@ def find_inputs(config: Config, permissions: Permissions) -> Inputs:
     tokenizer = demo_tokenizer() if config.model.name is None else tokenizer_of(config, family, permissions)
     model_config = getattr(skeleton, "config", None)
     drop_token_types(tokenizer, model_config)
+    ensure_padding(tokenizer)
     check_tokenizer(tokenizer, model_config, config.train.max_length, family)
     if family.check is not None:
         family.check(request, model_config, tokenizer, config.train)
     if config.train.gradient_checkpointing:
         check_checkpointing(skeleton)
+    check_generation(config, task, model_config, family)
     return Inputs(task, request, family, skeleton, tokenizer)
 
 
@@ -267,18 +277,24 @@ def base_folder(config: Config) -> Path:
     return Path(config.run.output_dir).expanduser().absolute() / config.run_name / "base_model"
 
 
-def make_engine(config: Config, found: Inputs, method: Method[Any], accelerator: Any) -> Engine:
-    """The model with its weights, in the engine that the config asks for. A collective."""
+def make_engine(config: Config, found: Inputs, method: Method[Any], accelerator: Any, parts: Partition) -> Engine:
+    """The model with its weights, in the engine that the config asks for. A collective.
+
+    Raises:
+        ModelError: the weights cannot be loaded, or make another model than the config.
+    """
     train, deepspeed = config.train, config.engine.deepspeed
     # Every rank needs the same weights, also those of a new head.
     torch.manual_seed(config.run.seed)
     dtype = PARAMETER_DTYPES.get(train.precision, torch.float32)
     module = load_module(found.request, found.family, deepspeed, dtype=dtype)
+    follow_tokenizer(module, found.tokenizer)
     if found.request.random_weights and not method.saves_whole:
         ranks.on_main(lambda: save_base(module, found.tokenizer, base_folder(config)))
     # What a method adds is the same whatever was drawn before it, under ZeRO-3 too.
     with seeded(config.run.seed):
         module = method.prepare(module)
+    check_as_planned(module, parts)
     if train.gradient_checkpointing:
         enable_checkpointing(module)
     module.train()
@@ -308,6 +324,44 @@ def optimizer_of(config: Config) -> Optimizer:
     section = config.optimizer
     request = Request((section.betas[0], section.betas[1]), section.eps, config.train.fused_optimizer, section.options)
     return OPTIMIZERS.get(section.name).of(request)
+
+
+def check_as_planned(module: torch.nn.Module, parts: Partition) -> None:
+    """Refuses a model whose parameters are not those that were planned: transformers unties what differs in the weights.
+
+    Raises:
+        ModelError: naming the first of them.
+    """
+    tied = {other: info.name for info in parts.parameters.values() for other in info.tied}
+    for name, _ in module.named_parameters():
+        if name not in parts.parameters:
+            other = "the model that was loaded has a parameter '{name}', which that of its config has not"
+            raise ModelError(untied(name, tied[name]) if name in tied else other.format(name=name))
+
+
+def check_generation(config: Config, task: Task, model_config: Any, family: Family) -> None:
+    """Refuses a model that cannot read or write what the task asks of it.
+
+    Raises:
+        ModelError: its decoder has no start token.
+        ConfigError: a decoder has no room for what it is to write after the longest prompt.
+    """
+    if task.head == "seq2seq_lm" and getattr(model_config, "decoder_start_token_id", None) is None:
+        raise ModelError(
+            "the model's config has no decoder_start_token_id, with which its decoder begins; set it with model.overrides "
+            "(T5 has 0)"
+        )
+    if task.head != "causal_lm" or not getattr(task, "generates", False):
+        return
+    limit, more = max_tokens(model_config, family), cast(Any, task).max_new_tokens
+    if limit is not None and config.train.max_length + more > limit:
+        raise ConfigError(
+            Fault(
+                "task.max_new_tokens",
+                f"{more} beside train.max_length {config.train.max_length} are more than the {limit} tokens that this model "
+                "takes; lower one of them",
+            )
+        )
 
 
 def check_metric(config: Config, permissions: Permissions) -> None:

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
@@ -20,7 +22,8 @@ ENCODERS = (
     *("bert", "roberta", "xlm-roberta-xl", "electra", "distilbert", "deberta-v2"),
     *("modernbert", "mpnet", "longformer", "big_bird", "deberta", "ernie"),
 )
-FAMILY_NAMES = ENCODERS
+DECODERS = ("gpt2", "llama")
+FAMILY_NAMES = (*ENCODERS, *DECODERS, "t5")
 # One block stands for many layers: no schedule in stages is allowed.
 SHARED_BLOCKS = ("albert",)
 
@@ -59,12 +62,14 @@ def tiny_config(family_name: str, *, blocks: int = 4, dropout: float = 0.0, **kw
     """A config of the family with `blocks` blocks of width 16, 101 tokens, 64 positions.
 
     Args:
-        family_name: one of FAMILY_NAMES.
+        family_name: one of FAMILY_NAMES, or a model type that shares a family ("qwen3").
         blocks: number of blocks.
         dropout: of hidden states, attention and classifier.
         **kw: further entries of the transformers config (`num_labels=3`).
     """
     size: dict[str, Any] = {"vocab_size": 101, "max_position_embeddings": 64}
+    if family_name in ("gpt2", "llama", "mistral", "gemma", "qwen2", "qwen3", "t5"):
+        return AutoConfig.for_model(family_name, **{**_language_model(family_name, blocks, dropout), **kw})
     if family_name == "distilbert":
         size |= {"dim": 16, "n_layers": blocks, "n_heads": 2, "hidden_dim": 32}
         size |= {"dropout": dropout, "attention_dropout": dropout, "qa_dropout": dropout, "seq_classif_dropout": dropout}
@@ -90,6 +95,22 @@ def method_for(family_name: str, name: str = "full", head: HeadKind = "sequence_
     return make_method(name, Subject(FAMILIES.get(family_name), head), options)
 
 
+def _language_model(model_type: str, blocks: int, dropout: float) -> dict[str, Any]:
+    """Entries of a decoder's or an encoder-decoder's config; the pad token is 0, the end token 1."""
+    size: dict[str, Any] = {"vocab_size": 101, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    if model_type == "gpt2":
+        size |= {"n_positions": 64, "n_embd": 16, "n_layer": blocks, "n_head": 2, "n_inner": 32}
+        return size | dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_first_dropout"), dropout)
+    if model_type == "t5":
+        size |= {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": blocks, "num_heads": 2, "decoder_start_token_id": 0}
+        # Of the usual size, T5 amplifies the rounding of sums that are split over ranks in another way.
+        size |= {"relative_attention_num_buckets": 8, "initializer_factor": 0.3}
+        return size | {"dropout_rate": dropout, "classifier_dropout": dropout}
+    # Two query heads share one of keys and values, as in all but the smallest of the published ones.
+    size |= {"hidden_size": 16, "num_hidden_layers": blocks, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    return size | {"intermediate_size": 32, "max_position_embeddings": 64, "attention_dropout": dropout}
+
+
 def tiny_model(
     family_name: str,
     head: str = "sequence_classification",
@@ -103,6 +124,8 @@ def tiny_model(
     auto = {
         "sequence_classification": AutoModelForSequenceClassification,
         "question_answering": AutoModelForQuestionAnswering,
+        "causal_lm": AutoModelForCausalLM,
+        "seq2seq_lm": AutoModelForSeq2SeqLM,
     }[head]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

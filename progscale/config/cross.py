@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -9,6 +10,7 @@ from progscale.config.read import KeyPath, dotted, show
 from progscale.config.schema import (
     ADAM_OPTIMIZERS,
     GLUE_TASKS,
+    LANGUAGE_TASKS,
     LION_OPTIMIZERS,
     MOST_STAGES,
     PAGED_OPTIMIZERS,
@@ -26,6 +28,12 @@ TABLE_OPTIONS = (
     "problem_type",
     "delimiter",
     "validation_fraction",
+)
+# Those that the language-modelling tasks share with it.
+OWN_DATA_OPTIONS = ("delimiter", "validation_fraction")
+LANGUAGE_OPTIONS = (
+    *("source_column", "target_column", "source_prefix", "packing"),
+    *("max_target_length", "generate", "max_new_tokens", "num_beams"),
 )
 SQUAD_OPTIONS = ("doc_stride", "n_best", "max_answer_length", "no_answer_threshold")
 OWN_SCHEDULES = ("progtuning", "none", "without_low_blocks", "growing", "custom", "weighted")
@@ -166,15 +174,17 @@ def _schedule(checks: _Checks) -> None:
     for option in ("first_blocks", "starts"):
         listed = getattr(schedule, option)
         used = option == "starts" or schedule.name == "custom"
-        if listed is not None and used and len(listed) != checks.config.stages:
-            checks.fault(
-                f"schedule.{option}",
-                f"{len(listed)} entries{checks.values.where(('schedule', option))} for {checks.config.stages} stages; "
-                f"give one for each",
-                "schedule.stages",
-                "schedule.first_blocks",
-                "train.epochs",
-            )
+        by_stack = listed if isinstance(listed, dict) else {"": listed}
+        for stack, entries in by_stack.items():
+            if entries is not None and used and len(entries) != checks.config.stages:
+                checks.fault(
+                    f"schedule.{option}.{stack}".rstrip("."),
+                    f"{len(entries)} entries{checks.values.where(('schedule', option))} for {checks.config.stages} stages; "
+                    f"give one for each",
+                    "schedule.stages",
+                    "schedule.first_blocks",
+                    "train.epochs",
+                )
     if checks.config.stages > MOST_STAGES:
         listed = next((name for name in ("first_blocks", "starts") if getattr(schedule, name)), None)
         why = checks.got("train.epochs") if listed is None else f"schedule.{listed}{checks.values.where(('schedule', listed))}"
@@ -242,7 +252,7 @@ def _engine(checks: _Checks) -> None:
 def _task(checks: _Checks) -> None:
     task, model = checks.config.task, checks.config.model
     # A name that is not built in may be misspelt, which is said elsewhere, or another package's, which is asked later.
-    if model.name is None and task.name in (*GLUE_TASKS, *SQUAD_TASKS, "table"):
+    if model.name is None and task.name in (*GLUE_TASKS, *SQUAD_TASKS, *LANGUAGE_TASKS, "table"):
         checks.fault(
             "model.name",
             f"missing; {checks.got('task.name')} needs a model, e.g. the layer configs/models/bert-base.json or "
@@ -250,16 +260,18 @@ def _task(checks: _Checks) -> None:
             "task.name",
         )
     if task.name == "table":
+        _own_data(checks)
         _table(checks)
+    elif task.name in LANGUAGE_TASKS:
+        _own_data(checks)
+        shared = OWN_DATA_OPTIONS + (("text_columns",) if task.name == "causal_lm" else ())
+        _unused(checks, [option for option in TABLE_OPTIONS if option not in shared], "only task 'table' uses it")
+        _language(checks)
     elif task.name in ("demo", *GLUE_TASKS, *SQUAD_TASKS):
-        for option in TABLE_OPTIONS:
-            if checks.given(f"task.{option}"):
-                checks.fault(
-                    f"task.{option}",
-                    f"only task 'table' uses it, not {checks.got('task.name')}; remove it",
-                    "task.name",
-                )
+        _unused(checks, TABLE_OPTIONS, "only task 'table' uses it")
         _sources(checks)
+    if task.name in ("demo", "table", *GLUE_TASKS, *SQUAD_TASKS):
+        _unused(checks, LANGUAGE_OPTIONS, f"only {' and '.join(LANGUAGE_TASKS)} use it")
     if task.name in SQUAD_TASKS:
         if task.doc_stride >= checks.config.train.max_length:
             checks.fault(
@@ -268,10 +280,54 @@ def _task(checks: _Checks) -> None:
                 f"or text between two windows is lost",
                 "train.max_length",
             )
-    elif task.name in ("demo", "table", *GLUE_TASKS):
-        for option in SQUAD_OPTIONS:
-            if checks.given(f"task.{option}"):
-                checks.fault(f"task.{option}", f"only squad tasks use it, not {checks.got('task.name')}; remove it", "task.name")
+    elif task.name in ("demo", "table", *GLUE_TASKS, *LANGUAGE_TASKS):
+        _unused(checks, SQUAD_OPTIONS, "only squad tasks use it")
+
+
+def _unused(checks: _Checks, options: Sequence[str], why: str) -> None:
+    """Options that the task of this name has no use for."""
+    for option in options:
+        if checks.given(f"task.{option}"):
+            checks.fault(f"task.{option}", f"{why}, not {checks.got('task.name')}; remove it", "task.name")
+
+
+def _language(checks: _Checks) -> None:
+    """What fits together in a language-modelling task."""
+    task = checks.config.task
+    pairs = task.source_column is not None or task.target_column is not None
+    for one, other in (("source_column", "target_column"), ("target_column", "source_column")):
+        needed = pairs or task.name == "summarization"
+        if needed and getattr(task, one) is None:
+            why = checks.got(f"task.{other}") if pairs and getattr(task, other) is not None else checks.got("task.name")
+            checks.fault(f"task.{one}", f"missing; {why} needs it: the name of a column", f"task.{other}", "task.name")
+    if task.source_column is not None and task.source_column == task.target_column:
+        checks.fault(
+            "task.target_column", f"{checks.value('task.target_column')} is task.source_column too", "task.source_column"
+        )
+    if task.name == "causal_lm":
+        if task.text_columns is not None and pairs:
+            checks.fault("task.text_columns", "given beside task.source_column and task.target_column; keep one or the other")
+        elif task.text_columns is not None and len(task.text_columns) > 1:
+            checks.fault("task.text_columns", f"{checks.value('task.text_columns')}: causal_lm takes one column")
+        for option in ("generate", "source_prefix", "max_target_length"):
+            if not pairs and checks.given(f"task.{option}"):
+                checks.fault(f"task.{option}", "is for prompts with completions; it needs task.source_column and target_column")
+    if task.packing is not None and (pairs or task.name == "summarization"):
+        checks.fault("task.packing", "is for whole texts: pairs of texts are a row each; remove it", "task.name")
+    generates = task.generate is True or (task.generate is None and task.name == "summarization")
+    for option in ("max_new_tokens", "num_beams"):
+        if checks.given(f"task.{option}") and not generates:
+            checks.fault(f"task.{option}", "is for written texts: it needs task.generate = true; remove it", "task.generate")
+    longest = 128 if task.max_target_length is None else task.max_target_length
+    if task.name == "causal_lm" and pairs and longest >= checks.config.train.max_length:
+        checks.fault(
+            "task.max_target_length",
+            f"{longest if task.max_target_length is None else checks.value('task.max_target_length')} must be below "
+            f"{checks.got('train.max_length')}, which a prompt shares with its completion",
+            "train.max_length",
+        )
+    if checks.config.train.max_length < 2:
+        checks.fault("train.max_length", f"{checks.value('train.max_length')}; a token and the next one are 2", "task.name")
 
 
 def _sources(checks: _Checks) -> None:
@@ -289,7 +345,8 @@ def _sources(checks: _Checks) -> None:
         checks.fault("task.path", f"missing; {keys[0]} names a file in that folder", *keys)
 
 
-def _table(checks: _Checks) -> None:
+def _own_data(checks: _Checks) -> None:
+    """Where the user's own data comes from."""
     task = checks.config.task
     # A training file is one below the path, where both are given.
     possible = ("hub", "train_file") if task.path is None else ("path", "hub")
@@ -298,7 +355,7 @@ def _table(checks: _Checks) -> None:
     if not sources:
         checks.fault(
             "task.train_file",
-            "missing; task 'table' needs your data: train_file, path (a folder) or hub (a data set)",
+            f"missing; task '{task.name}' needs your data: train_file, path (a folder) or hub (a data set)",
             *others,
         )
     elif len(sources) > 1:
@@ -310,6 +367,10 @@ def _table(checks: _Checks) -> None:
             f"not used beside {checks.got('task.validation_file')}; remove one",
             "task.validation_file",
         )
+
+
+def _table(checks: _Checks) -> None:
+    task = checks.config.task
     if task.labels is not None:
         if task.problem_type == "regression":
             checks.fault("task.labels", "names of classes for a regression (task.problem_type); remove one", "task.problem_type")

@@ -38,9 +38,10 @@ def from_pydantic(
 
 
 def _path(loc: tuple[int | str, ...], depth: int) -> KeyPath:
-    """The location without the names of union members that pydantic puts into it."""
+    """The location without the names of union members that pydantic puts into it; a stack's name is no such one."""
+    by_stack = loc[depth : depth + 1] == ("object",)
     path = [str(part) for part in loc[:depth]]
-    path += [str(part) for part in loc[depth:] if isinstance(part, int)]
+    path += [str(part) for place, part in enumerate(loc[depth:]) if isinstance(part, int) or (by_stack and place == 1)]
     return tuple(path)
 
 

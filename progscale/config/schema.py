@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 # Far above any real run, far below what a float or an int64 holds exactly.
@@ -19,6 +19,19 @@ CountOrZero = Annotated[int, Field(ge=0, le=10**12)]
 # As long as a path can be.
 Text = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+def _list_or_object(value: Any) -> str:
+    return "object" if isinstance(value, dict) else "list"
+
+
+Item = TypeVar("Item")
+FilledList = Annotated[list[Item], Field(min_length=1)]
+# One list for every stack of blocks, or one for each by the stack's name.
+ListOrByStack = Annotated[
+    Annotated[FilledList[Item], Tag("list")] | Annotated[dict[Text, FilledList[Item]], Field(min_length=1), Tag("object")],
+    Discriminator(_list_or_object),
+]
 
 # More stages than any schedule has a use for; a plan has a line for each.
 MOST_STAGES = 10_000
@@ -30,6 +43,7 @@ SQUAD_TASKS = ("squad-v1", "squad-v2")
 PAGED_OPTIMIZERS = ("paged_adamw", "paged_adamw_8bit")
 ADAM_OPTIMIZERS = ("adamw", "adamw_8bit", *PAGED_OPTIMIZERS)
 LION_OPTIMIZERS = ("lion", "lion_8bit")
+LANGUAGE_TASKS = ("causal_lm", "summarization")
 
 
 class Section(BaseModel):
@@ -71,7 +85,7 @@ class Run(Section):
 
 
 class Model(Section):
-    """Which encoder, and where it comes from."""
+    """Which model, and where it comes from."""
 
     name: Text | None = Field(
         default=None, description="hub id, local folder or well-known architecture; null: the demo's tiny encoder"
@@ -90,18 +104,19 @@ class Task(Section):
 
     name: Text = Field(
         default="demo",
-        description=f"demo; {', '.join(GLUE_TASKS)}; {', '.join(SQUAD_TASKS)}; table (your own data); or registered",
+        description=f"demo; {', '.join(GLUE_TASKS)}; {', '.join(SQUAD_TASKS)}; over your own data table, "
+        f"{', '.join(LANGUAGE_TASKS)}; or registered",
     )
     path: Text | None = Field(default=None, description="local folder or file in the task's official format; null: the hub")
     hub: Text | None = Field(default=None, description="data set on the hub; null: the task's own")
     train_file: Text | None = Field(
-        default=None, description="training data, below path if that is given (table: csv, tsv, json, jsonl, parquet)"
+        default=None, description="training data, below path if that is given (your own: csv, tsv, json, jsonl, parquet)"
     )
     validation_file: Text | None = Field(
-        default=None, description="evaluation data; table: null sets validation_fraction of the rows aside"
+        default=None, description="evaluation data; of your own data null sets validation_fraction of the rows aside"
     )
     text_columns: Annotated[list[Text], Field(min_length=1, max_length=2)] | None = Field(
-        default=None, description="table: one column, or two for sentence pairs"
+        default=None, description="table: one column, or two for sentence pairs; causal_lm: one, null: text"
     )
     label_column: Text | None = Field(default=None, description="table: column of the label; null: label")
     labels: Annotated[list[Text], Field(min_length=2)] | None = Field(
@@ -111,11 +126,35 @@ class Task(Section):
         default=None, description="table: what the label is; null: told by its type"
     )
     delimiter: Annotated[str, StringConstraints(min_length=1, max_length=1)] | None = Field(
-        default=None, description="table: csv delimiter, one character; null: a comma, in .tsv a tab"
+        default=None, description="your own data: csv delimiter, one character; null: a comma, in .tsv a tab"
     )
     validation_fraction: Share | None = Field(
         default=None,
-        description="table: share of the training rows kept for evaluation where there is no other data for it; null: 0.1",
+        description="your own data: share of the training rows kept for evaluation where there is no other for it; null: 0.1",
+    )
+    source_column: Text | None = Field(
+        default=None, description="summarization: column of the text to read; causal_lm: of the prompt, where there are prompts"
+    )
+    target_column: Text | None = Field(
+        default=None,
+        description="summarization: column of the text to write; causal_lm: of the completion, which alone is learned",
+    )
+    source_prefix: Text | None = Field(
+        default=None, description='summarization, causal_lm: put before every source or prompt, e.g. "summarize: " for T5'
+    )
+    packing: bool | None = Field(
+        default=None, description="causal_lm: join the texts and cut blocks of train.max_length; false: a row each; null: true"
+    )
+    max_target_length: Count | None = Field(
+        default=None, description="summarization, causal_lm with target_column: tokens of a target at most; null: 128"
+    )
+    generate: bool | None = Field(
+        default=None,
+        description="let the model write, and score ROUGE; null: for summarization true, for causal_lm false",
+    )
+    max_new_tokens: Count | None = Field(default=None, description="generate: tokens written at most; null: max_target_length")
+    num_beams: Annotated[int, Field(ge=1, le=1000)] | None = Field(
+        default=None, description="generate: beams of the search; null: 1, which takes the best token each time"
     )
     max_train_examples: Count | None = Field(default=None, description="use at most so many training examples")
     max_eval_examples: Count | None = Field(default=None, description="use at most so many examples of an evaluation split")
@@ -156,16 +195,24 @@ class Schedule(Section):
         description="number of stages T; null: as many as first_blocks or starts list, else the epochs, rounded up",
     )
     embeddings: Literal["always", "first_stage", "never"] = Field(default="always", description="when the embeddings are trained")
-    first_blocks: Annotated[list[CountOrZero], Field(min_length=1)] | None = Field(
-        default=None, description="custom: the lowest trained block of each stage, e.g. [0, 4, 8]"
+    first_blocks: ListOrByStack[CountOrZero] | None = Field(
+        default=None,
+        description='custom: the lowest trained block of each stage, e.g. [0, 4, 8]; by stack {"encoder": […], "decoder": […]}',
     )
     starts: Annotated[list[CountOrZero], Field(min_length=1)] | None = Field(
         default=None, description="optimizer step at which each stage begins, the first 0; null: evenly spread"
     )
-    block_weights: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] | None = Field(
-        default=None, description="weighted: one positive weight for each block"
+    block_weights: ListOrByStack[Annotated[float, Field(gt=0)]] | None = Field(
+        default=None, description="weighted: one positive weight for each block; by stack where a model has several"
     )
     options: dict[str, Any] = Field(default_factory=dict, description="options of a schedule from another package")
+
+    @property
+    def listed_stages(self) -> int | None:
+        """The number of stages that `first_blocks` or else `starts` lists."""
+        firsts = self.first_blocks
+        listed = next(iter(firsts.values())) if isinstance(firsts, dict) else firsts or self.starts
+        return len(listed) if listed else None
 
 
 class Optimizer(Section):
@@ -301,8 +348,7 @@ class Config(Section):
     @property
     def stages(self) -> int:
         """The number of stages T: `schedule.stages`, else the length of its lists, else the epochs rounded up."""
-        listed = self.schedule.first_blocks or self.schedule.starts
-        return self.schedule.stages or (len(listed) if listed else math.ceil(self.train.epochs))
+        return self.schedule.stages or self.schedule.listed_stages or math.ceil(self.train.epochs)
 
 
 SECTIONS: dict[str, type[Section]] = {

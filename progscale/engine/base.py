@@ -7,6 +7,7 @@ engine), and the optimizer state of the surviving parameters is carried over.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ import xxhash
 
 from progscale.engine import ranks
 from progscale.engine.state import MASTER, Shard, Slice, deal, match_shards, move_shard, redistribute, slices_of
+from progscale.errors import ModelError
 from progscale.layers import quantisation_tensors
 from progscale.optim import StageBuild
 from progscale.optimizers import AdamW, Optimizer
@@ -85,7 +87,7 @@ class StepResult:
     """What one optimizer step did, the same on every rank.
 
     Attributes:
-        loss: mean over the rows of the global batch.
+        loss: mean over the rows, or the target tokens, of the global batch.
         grad_norm: global L2 norm before clipping.
         applied: False when the update was left out.
         fault: "loss" or "gradient" when it was not finite on some rank; None when the loss scale of fp16 skipped the step.
@@ -119,6 +121,8 @@ class Engine(ABC):
         self.build: StageBuild | None = None
         # Names never change, the tensors behind them neither: looked up once.
         self.parameters: dict[str, torch.nn.Parameter] = dict(module.named_parameters())
+        # Keys and values of a whole sequence are kept for what comes after it, and in training nothing does.
+        self._no_cache = {"use_cache": False} if takes_cache(module) else {}
 
     # -- where we are ---------------------------------------------------------------------------------------------
 
@@ -199,19 +203,19 @@ class Engine(ABC):
     def train_step(
         self,
         micro_batches: Sequence[MicroBatch],
-        rows: int,
+        weight: float,
         loss_function: LossFunction,
         learning_rate: float,
         notice: Callable[[], int] = lambda: 0,
     ) -> StepResult:
         """One optimizer step on one global batch. A collective.
 
-        The gradient is the sum over the rows of the global batch divided by their number, whatever the split into ranks
-        and micro-batches. It is checked on all ranks before any weight changes.
+        The gradient is the sum over the rows of the global batch divided by its weight (the number of rows, or of target
+        tokens), whatever the split into ranks and micro-batches. It is checked on all ranks before any weight changes.
 
         Args:
             micro_batches: this rank's share; every rank has equally many.
-            rows: of the global batch.
+            weight: of the global batch.
             loss_function: gives the loss of each row, float32, shape `(rows,)`.
             learning_rate: for this step.
             notice: a small number that this rank tells all others with the step's loss; asked for as late as possible.
@@ -221,7 +225,7 @@ class Engine(ABC):
             last = index == len(micro_batches) - 1
             with self._accumulating(last):
                 outputs = self.forward(micro.inputs)
-                loss = loss_function(outputs, self.to_device(micro.labels)).sum() * (micro.weight / rows)
+                loss = loss_function(outputs, self.to_device(micro.labels)).sum() * (micro.weight / weight)
                 # Every engine averages over its ranks; the sum is wanted.
                 self._backward(loss * self.world_size, last)
             total += loss.detach()
@@ -250,7 +254,30 @@ class Engine(ABC):
     def forward(self, inputs: Mapping[str, torch.Tensor]) -> Any:
         """The model's outputs for one micro-batch, in the engine's precision."""
         with self._autocast():
-            return self._wrapped()(**self.to_device(inputs))
+            return self._wrapped()(**self.to_device(inputs), **self._no_cache)
+
+    def generate(self, inputs: Mapping[str, torch.Tensor], **options: Any) -> torch.Tensor:
+        """Token ids that the model writes after its prompt, shape `(rows, new tokens)`; padded where a row has ended.
+
+        A collective where parameters are partitioned: every rank must call it equally often, and goes on until all are done.
+
+        Args:
+            inputs: prompts by name, padded on the left for a decoder.
+            options: of `generate`, which come before those of the model's own generation config.
+
+        Raises:
+            ModelError: the model cannot generate.
+        """
+        module: Any = self.module
+        if not hasattr(module, "generate"):
+            raise ModelError(
+                f"{type(module).__name__} has no `generate`, which this task's scores need; set task.generate to false"
+            )
+        together = self.partitions_parameters and self.world_size > 1
+        with self._generating():
+            written = module.generate(**self.to_device(inputs), synced_gpus=together, use_cache=True, **options)
+        # A decoder alone gives its prompt back too.
+        return written if module.config.is_encoder_decoder else written[:, inputs["input_ids"].shape[1] :]
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -417,6 +444,10 @@ class Engine(ABC):
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
+    def _generating(self) -> contextlib.AbstractContextManager[Any]:
+        """The precision of `generate`, which does not enter through the wrapped model."""
+        return self._autocast()
+
     def _local_tensor(self, name: str) -> torch.Tensor:
         return self.parameters[name].detach()
 
@@ -450,6 +481,12 @@ def persistent_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
             if buffer is not None and key not in child._non_persistent_buffers_set:
                 found[f"{prefix}.{key}" if prefix else key] = buffer
     return found
+
+
+def takes_cache(module: Any) -> bool:
+    """Whether a model's forward pass asks for `use_cache`, also that of one inside a PEFT model."""
+    unwrapped = module.get_base_model() if hasattr(module, "get_base_model") else module
+    return "use_cache" in inspect.signature(unwrapped.forward).parameters
 
 
 def digest(tensor: torch.Tensor) -> str:

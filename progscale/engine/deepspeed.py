@@ -108,6 +108,10 @@ class DeepSpeedEngine(Engine):
     def _wrapped(self) -> Callable[..., Any]:
         return self._engine
 
+    def _generating(self) -> contextlib.AbstractContextManager[Any]:
+        # DeepSpeed's own autocast stands around its engine's forward pass alone.
+        return torch.autocast(self.device.type, enabled=self.settings.precision == "bf16", dtype=torch.bfloat16)
+
     @contextlib.contextmanager
     def _accumulating(self, last: bool) -> Iterator[None]:
         self._engine.set_gradient_accumulation_boundary(last)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from progscale.blocks import partition
 from progscale.engine import ranks
 from progscale.errors import ModelError
 from progscale.models.family import Family, ModelRequest
-from progscale.models.loading import auto_class, load_config, load_model
+from progscale.models.loading import adapted, auto_class, load_config, load_model, location
 from progscale.models.weights import checkpoint_files, checkpoint_names, find_safetensors
 
 
@@ -55,8 +56,10 @@ def load_partitioned(request: ModelRequest, family: Family, deepspeed: Mapping[s
             config, dtype=torch.float32, trust_remote_code=request.trust_remote_code
         )
     module.tie_weights()
+    adapted(module, family)
     sources = _sources(module, checkpoint_files(request.name, request.revision))
     missing = _missing(module, family, sources, request)
+    draw(module, missing)
     partition_own = partitioner(deepspeed, dtype)
     # A tied tensor is filled where it stands first.
     first = {name for name, _ in module.named_parameters()}
@@ -65,24 +68,57 @@ def load_partitioned(request: ModelRequest, family: Family, deepspeed: Mapping[s
         own = [key for key in keys if key in first]
         if not own:
             continue
-        _fill(module, child, own, sources, missing)
+        _fill(child, [key for key in own if key not in missing], sources)
         partition_own(child)
         give_back_memory()
     # Tied names still point at the empty tensor that was there before.
     module.tie_weights()
+    if module.can_generate():
+        from transformers import GenerationConfig
+
+        # Without the file the one that transformers has made of the model's config stays.
+        with contextlib.suppress(OSError):
+            module.generation_config = GenerationConfig.from_pretrained(
+                location(request.name), revision=request.revision or "main"
+            )
     module.eval()
     return module
 
 
 def _sources(module: torch.nn.Module, files: list[Path]) -> dict[str, tuple[Path, str]]:
-    """Parameter name → (file, key) of the tensor that fills it."""
+    """Parameter name → (file, key) of the tensor that fills it.
+
+    Raises:
+        ModelError: the checkpoint has several tensors for what is one in the model.
+    """
     from safetensors import safe_open
 
     keys: dict[str, Path] = {}
     for path in files:
         with safe_open(path, framework="pt") as file:
             keys |= dict.fromkeys(file.keys(), path)
-    return {target: (keys[key], key) for key, target in checkpoint_names(module, keys).items()}
+    sources = {target: (keys[key], key) for key, target in checkpoint_names(module, keys).items()}
+    first = {id(tensor): name for name, tensor in module.named_parameters()}
+    for name, tensor in module.named_parameters(remove_duplicate=False):
+        own = first[id(tensor)]
+        if name in keys and own in sources and sources[own][1] != name and not _equal(keys[name], name, *sources[own]):
+            raise ModelError(untied(name, own))
+    return sources
+
+
+def _equal(path: Path, key: str, other_path: Path, other_key: str) -> bool:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file, safe_open(other_path, framework="pt") as other:
+        return torch.equal(file.get_tensor(key), other.get_tensor(other_key))
+
+
+def untied(name: str, other: str) -> str:
+    """What is said of a checkpoint that contradicts its config."""
+    return (
+        f"the weights have two tensors, '{name}' and '{other}', for what is one in the model of config.json; "
+        'set model.overrides to {"tie_word_embeddings": false}'
+    )
 
 
 def _missing(module: torch.nn.Module, family: Family, sources: dict[str, tuple[Path, str]], request: ModelRequest) -> set[str]:
@@ -112,7 +148,31 @@ def _missing(module: torch.nn.Module, family: Family, sources: dict[str, tuple[P
     return missing
 
 
-def _fill(module: Any, child: torch.nn.Module, names: list[str], sources: dict[str, tuple[Path, str]], missing: set[str]) -> None:
+def draw(module: Any, missing: set[str]) -> None:
+    """Gives the missing parameters fresh weights, whole, on the CPU: by the model's own rule, in the order of transformers.
+
+    A rule may be that of a module above (T5's classifier draws the weights of both layers in it).
+    """
+    for name, parameter in list(module.named_parameters()):
+        if name not in missing:
+            parameter._is_hf_initialized = True
+            continue
+        parent, _, key = name.rpartition(".")
+        fresh = torch.nn.Parameter(torch.empty(parameter.shape, dtype=torch.float32), requires_grad=parameter.requires_grad)
+        module.get_submodule(parent)._parameters[key] = fresh
+    prefixes = {name.rsplit(".", depth)[0] for name in missing for depth in range(1, name.count(".") + 1)}
+    for name, child in _children_first(module):
+        if name in prefixes or (missing and not name):
+            module._init_weights(child)
+
+
+def _children_first(module: torch.nn.Module, name: str = "") -> Iterator[tuple[str, torch.nn.Module]]:
+    for key, child in module.named_children():
+        yield from _children_first(child, f"{name}.{key}" if name else key)
+    yield name, module
+
+
+def _fill(child: torch.nn.Module, names: list[str], sources: dict[str, tuple[Path, str]]) -> None:
     """Gives the parameters that stand in `child` itself their weights, whole, on the CPU."""
     from safetensors import safe_open
 
@@ -122,24 +182,12 @@ def _fill(module: Any, child: torch.nn.Module, names: list[str], sources: dict[s
         assert old is not None
         tensor = torch.empty(old.shape, dtype=torch.float32)
         # The main process's values are broadcast when the module is partitioned; the others only need the room.
-        if name not in missing and ranks.is_main():
+        if ranks.is_main():
             path, source = sources[name]
             # Opened for each tensor: pages of a mapping that stays open count as memory of the process.
             with safe_open(path, framework="pt") as file:
                 tensor.copy_(file.get_tensor(source))
-        fresh = torch.nn.Parameter(tensor, requires_grad=old.requires_grad)
-        # What transformers' initialisers ask, tensor by tensor.
-        fresh._is_hf_initialized = name not in missing  # type: ignore[attr-defined]
-        child._parameters[key] = fresh
-    if any(name in missing for name in names):
-        child._is_hf_initialized = False  # type: ignore[assignment]
-        above = names[0].rpartition(".")[0]
-        module._init_weights(child)
-        # Some models (ModernBERT) draw the weights of a layer once more in a module above it; all else there is empty by now,
-        # or still without memory.
-        while above:
-            above = above.rpartition(".")[0]
-            module._init_weights(module.get_submodule(above))
+        child._parameters[key] = torch.nn.Parameter(tensor, requires_grad=old.requires_grad)
 
 
 def give_back_memory() -> None:

@@ -98,6 +98,38 @@ def _mpnet(organisation: str) -> Architecture:
 _V2_CONV: dict[str, Any] = {"conv_kernel_size": 3, "conv_act": "gelu", "attention_head_size": 64}
 _DISTILBERT: dict[str, Any] = {"dim": 768, "n_layers": 6, "n_heads": 12, "hidden_dim": 3072}
 
+
+def _gpt2(hidden: int, layers: int, heads: int) -> Architecture:
+    return Architecture("openai-community", "gpt2", {"n_embd": hidden, "n_layer": layers, "n_head": heads})
+
+
+def _llama3(hidden: int, layers: int, heads: int, inner: int, *, rope_factor: float, **more: Any) -> Architecture:
+    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": rope_factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config: dict[str, Any] = {
+        **{"vocab_size": 128256, "num_key_value_heads": 8, "head_dim": hidden // heads, "max_position_embeddings": 131072},
+        **{"rms_norm_eps": 1e-5, "bos_token_id": 128000, "eos_token_id": 128001},
+        "rope_parameters": {**rope, "original_max_position_embeddings": 8192},
+    }
+    return Architecture("meta-llama", "llama", _size(hidden, layers, heads, inner, **config, **more))
+
+
+def _qwen(model_type: str, hidden: int, layers: int, heads: int, inner: int, key_values: int, **more: Any) -> Architecture:
+    config: dict[str, Any] = {
+        **{"vocab_size": 151936, "num_key_value_heads": key_values, "max_position_embeddings": 131072, "bos_token_id": 151643},
+        **{"rms_norm_eps": 1e-6, "eos_token_id": 151643, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, **more},
+    }
+    return Architecture("Qwen", model_type, _size(hidden, layers, heads, inner, **config))
+
+
+def _t5(organisation: str, hidden: int, layers: int, heads: int, inner: int, **more: Any) -> Architecture:
+    config = {"d_model": hidden, "d_kv": 64, "d_ff": inner, "num_layers": layers, "num_heads": heads, "vocab_size": 32128}
+    return Architecture(organisation, "t5", {**config, "decoder_start_token_id": 0, **more})
+
+
+# Version 1.1, which Flan-T5 goes on from: a gated feed-forward layer, and an output layer with weights of its own.
+_V1_1: dict[str, Any] = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+_QWEN3: dict[str, Any] = {"head_dim": 128, "max_position_embeddings": 40960, "eos_token_id": 151645}
+
 ARCHITECTURES: dict[str, Architecture] = {
     "bert-base-uncased": Architecture("google-bert", "bert", {**_BASE, "vocab_size": 30522}),
     "bert-base-cased": Architecture("google-bert", "bert", {**_BASE, "vocab_size": 28996}),
@@ -140,6 +172,25 @@ ARCHITECTURES: dict[str, Architecture] = {
     "albert-large-v2": _albert(1024, 24, 16),
     "albert-xlarge-v2": _albert(2048, 24, 16),
     "albert-xxlarge-v2": _albert(4096, 12, 64),
+    "gpt2": _gpt2(768, 12, 12),
+    "gpt2-medium": _gpt2(1024, 24, 16),
+    "gpt2-large": _gpt2(1280, 36, 20),
+    "gpt2-xl": _gpt2(1600, 48, 25),
+    "Llama-3.2-1B": _llama3(2048, 16, 32, 8192, rope_factor=32.0, tie_word_embeddings=True),
+    "Llama-3.2-3B": _llama3(3072, 28, 24, 8192, rope_factor=32.0, tie_word_embeddings=True),
+    "Llama-3.1-8B": _llama3(4096, 32, 32, 14336, rope_factor=8.0),
+    "Qwen2.5-0.5B": _qwen("qwen2", 896, 24, 14, 4864, 2, max_position_embeddings=32768, tie_word_embeddings=True),
+    "Qwen2.5-1.5B": _qwen("qwen2", 1536, 28, 12, 8960, 2, tie_word_embeddings=True),
+    "Qwen2.5-7B": _qwen("qwen2", 3584, 28, 28, 18944, 4, vocab_size=152064),
+    "Qwen3-0.6B": _qwen("qwen3", 1024, 28, 16, 3072, 8, **_QWEN3, tie_word_embeddings=True),
+    "Qwen3-1.7B": _qwen("qwen3", 2048, 28, 16, 6144, 8, **_QWEN3, tie_word_embeddings=True),
+    "Qwen3-8B": _qwen("qwen3", 4096, 36, 32, 12288, 8, **_QWEN3),
+    "t5-small": _t5("google-t5", 512, 6, 8, 2048),
+    "t5-base": _t5("google-t5", 768, 12, 12, 3072),
+    "t5-large": _t5("google-t5", 1024, 24, 16, 4096),
+    "flan-t5-base": _t5("google", 768, 12, 12, 2048, **_V1_1),
+    "flan-t5-large": _t5("google", 1024, 24, 16, 2816, **_V1_1),
+    "flan-t5-xl": _t5("google", 2048, 24, 32, 5120, **_V1_1),
 }
 
 

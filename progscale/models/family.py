@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
     from progscale.config import Train
 
-HeadKind = Literal["sequence_classification", "question_answering"]
+HeadKind = Literal["sequence_classification", "question_answering", "causal_lm", "seq2seq_lm"]
+# Heads that say the next token: their outputs are the vocabulary's, and they have no labels of their own.
+LANGUAGE_MODEL_HEADS: tuple[HeadKind, ...] = ("causal_lm", "seq2seq_lm")
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class ModelRequest:
         head: which head the task needs.
         num_labels: outputs of a classification or regression head (1 for regression).
         label_names: names for the outputs, in order; kept in the exported config.
-        problem_type: "single_label_classification", "regression", or None for question answering.
+        problem_type: "single_label_classification", "regression", or None for question answering and language models.
         overrides: entries of the transformers config to change (`{"hidden_dropout_prob": 0.0}`).
         random_weights: build from the config alone.
         revision: hub revision.
@@ -63,19 +65,22 @@ class Places:
 class Family:
     """A definition that plugs a model architecture in.
 
-    Patterns are module or parameter paths below the base model (the encoder without its task head), for a model
+    Patterns are module or parameter paths below the base model (the model without its task head), for a model
     loaded by transformers; `*` stands for one path component. A pattern covers everything below its path. It must
     match something, unless it ends with `?`: `pooler?` may be absent, as it is in question-answering models.
-    Whatever lies outside the base model is the head.
+    Whatever lies outside the base model is the head. An embeddings pattern that reaches into a block takes what it names
+    out of the block (T5 keeps a stack's relative-position table in its first block); any other double claim is an error.
 
     Attributes:
         name: of the family, shown in plans and messages.
         model_types: values of `config.model_type` that belong to it.
-        base: attribute of the loaded model that holds the base model ("bert"); "" when the model is its own base.
+        base: attribute of the loaded model that holds the base model ("bert"); "" when the model is its own base. Where it
+            differs between heads, several: the first below which all stacks lie is taken.
         embeddings: paths that make up the embeddings (relative-position tables and projections included).
         stacks: for each stack of blocks the path of its ModuleList, e.g. `{"blocks": "encoder.layer"}`.
         head: paths below the base model that belong to the head (pooler, a final norm).
         unused: paths below the base model that no output of the heads here depends on; they stay as they are.
+        adapt: mends a model that transformers has built from a config or loaded, before anything looks at its parameters.
         load: builds the model for a request; None takes transformers' auto classes.
         load_tokenizer: gives the tokenizer for a model name; None takes AutoTokenizer.
         max_tokens: the longest input in tokens that a config allows, None for no limit; without the function,
@@ -95,10 +100,11 @@ class Family:
 
     name: str
     model_types: tuple[str, ...]
-    base: str
+    base: str | tuple[str, ...]
     embeddings: tuple[str, ...]
     stacks: Mapping[str, str]
     head: tuple[str, ...] = ()
+    adapt: Callable[[torch.nn.Module], None] | None = None
     load: Callable[[ModelRequest], torch.nn.Module] | None = None
     load_tokenizer: Callable[[str], Any] | None = None
     max_tokens: Callable[[Any], int | None] | None = None
@@ -121,6 +127,11 @@ class Family:
             return self
         found = self.infer(model)
         return replace(self, base=found.base, embeddings=found.embeddings, stacks=found.stacks, head=found.head, infer=None)
+
+    @property
+    def bases(self) -> tuple[str, ...]:
+        """The possible values of `base`."""
+        return (self.base,) if isinstance(self.base, str) else self.base
 
 
 FAMILIES: Registry[Family] = Registry("model family", "progscale.families", package="progscale.models.families")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from progscale.blocks import partition
 from progscale.errors import ModelError, nearest
 from progscale.models.architectures import ARCHITECTURES, architecture_config, find_architecture
-from progscale.models.family import FAMILIES, Family, ModelRequest
+from progscale.models.family import FAMILIES, LANGUAGE_MODEL_HEADS, Family, ModelRequest
 from progscale.models.lookup import families_by_type, family_of
 from progscale.models.weights import checkpoint_files, find_safetensors, local_folder
 
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 # These follow from the task or from the file format; an override would contradict them.
 _NOT_OVERRIDABLE = {
-    "add_cross_attention": "blocks are an encoder's",
+    "add_cross_attention": "the family says what a block is",
     "architectures": "it is set from the task",
     "dtype": "weights are always loaded in float32; set train.precision instead",
     "id2label": "it is set from the task's labels",
-    "is_decoder": "blocks are an encoder's",
-    "is_encoder_decoder": "blocks are an encoder's",
+    "is_decoder": "the family says what a block is",
+    "is_encoder_decoder": "the family says what a block is",
     "label2id": "it is set from the task's labels",
     "model_type": "name another model instead",
     "num_labels": "it is set from the task's labels",
@@ -47,6 +47,8 @@ _AT_LEAST_ONE = frozenset(
     {
         *("vocab_size", "hidden_size", "intermediate_size", "embedding_size", "type_vocab_size", "max_position_embeddings"),
         *("num_hidden_layers", "num_attention_heads", "dim", "hidden_dim", "n_layers", "n_heads"),
+        *("n_embd", "n_layer", "n_head", "n_positions", "n_inner", "num_key_value_heads", "head_dim"),
+        *("d_model", "d_ff", "d_kv", "num_layers", "num_decoder_layers", "num_heads", "relative_attention_num_buckets"),
     }
 )
 
@@ -115,8 +117,7 @@ def load_model(request: ModelRequest, family: Family | str | None = None) -> tor
     config = load_config(request)
     auto = auto_class(request, config)
     if request.random_weights:
-        built: torch.nn.Module = auto.from_config(config, dtype=torch.float32, trust_remote_code=request.trust_remote_code)
-        return built
+        return adapted(auto.from_config(config, dtype=torch.float32, trust_remote_code=request.trust_remote_code), found)
     return _from_pretrained(request, found, config, auto)
 
 
@@ -146,13 +147,21 @@ def build_meta(request: ModelRequest, family: Family | str | None = None) -> tor
         config = load_config(request, weights=False)
         auto = auto_class(request, config)
         try:
-            model: torch.nn.Module = auto.from_config(config, dtype=torch.float32, trust_remote_code=request.trust_remote_code)
+            model = auto.from_config(config, dtype=torch.float32, trust_remote_code=request.trust_remote_code)
         except Exception as error:  # sizes that do not divide, an activation that is not known, …: each class has its own
             raise ModelError(
                 f"model '{request.name}': it cannot be built from its config and model.overrides "
                 f"({type(error).__name__}: {_first_line(error)})"
             ) from error
-    return model
+        return adapted(model, found)
+
+
+def adapted(model: Any, family: Family) -> torch.nn.Module:
+    """A model as its family mends it."""
+    if family.adapt is not None:
+        family.adapt(model)
+    built: torch.nn.Module = model
+    return built
 
 
 def _from_pretrained(request: ModelRequest, family: Family, config: PretrainedConfig, auto: Any) -> torch.nn.Module:
@@ -163,7 +172,7 @@ def _from_pretrained(request: ModelRequest, family: Family, config: PretrainedCo
         checkpoint_files(request.name, request.revision)
     try:
         model, info = auto.from_pretrained(
-            _location(request.name),
+            location(request.name),
             config=config,
             revision=request.revision or "main",
             use_safetensors=not pickled,
@@ -175,6 +184,7 @@ def _from_pretrained(request: ModelRequest, family: Family, config: PretrainedCo
         )
     except Exception as error:  # a damaged pickle raises anything
         raise ModelError(f"model '{request.name}': its weights cannot be loaded ({_first_line(error)})") from error
+    adapted(model, family)
     parts = partition(model, family).parameters
     unfilled = [name for name in info["missing_keys"] if name in parts and parts[name].part != "head"]
     if unfilled:
@@ -206,7 +216,7 @@ def _published_config(request: ModelRequest) -> PretrainedConfig:
         )
     try:
         return AutoConfig.from_pretrained(
-            _location(request.name), revision=request.revision or "main", trust_remote_code=request.trust_remote_code
+            location(request.name), revision=request.revision or "main", trust_remote_code=request.trust_remote_code
         )
     except Exception as error:  # a config is validated by whatever class it names
         raise ModelError(f"model '{request.name}': its config cannot be read ({_first_line(error)})") from error
@@ -275,6 +285,8 @@ def _refuse_remote_code(request: ModelRequest, content: Mapping[str, Any]) -> No
 
 
 def _set_labels(config: PretrainedConfig, request: ModelRequest) -> None:
+    if request.head in LANGUAGE_MODEL_HEADS:
+        return
     if request.head == "question_answering":
         # transformers sizes the span head by num_labels: start and end.
         config.num_labels = 2
@@ -338,6 +350,8 @@ def auto_class(request: ModelRequest, config: PretrainedConfig) -> Any:
     auto = {
         "sequence_classification": transformers.AutoModelForSequenceClassification,
         "question_answering": transformers.AutoModelForQuestionAnswering,
+        "causal_lm": transformers.AutoModelForCausalLM,
+        "seq2seq_lm": transformers.AutoModelForSeq2SeqLM,
     }[request.head]
     custom = auto.__name__ in (getattr(config, "auto_map", None) or {})
     if type(config) not in auto._model_mapping and not custom:
@@ -348,7 +362,8 @@ def auto_class(request: ModelRequest, config: PretrainedConfig) -> Any:
     return auto
 
 
-def _location(name: str) -> str:
+def location(name: str) -> str:
+    """What transformers is to load from: a folder's path with its `~` expanded, or a hub id as it is."""
     folder = local_folder(name)
     return str(folder) if folder is not None else name
 

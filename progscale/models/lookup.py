@@ -63,7 +63,7 @@ def how_to_register(model_or_config: Any) -> str:
     """The call that adds a family for a model, and where it can stand."""
     config = getattr(model_or_config, "config", model_or_config)
     return (
-        "An encoder with embeddings, one list of blocks and a head is added with one call (paths below the base model):\n"
+        "A model with embeddings, lists of blocks and a head is added with one call (paths below the base model):\n"
         f"{_SNIPPET.format(model_type=getattr(config, 'model_type', None) or 'my-encoder')}"
         f"Import its module with --plugin my_module, or let a package name it under the entry-point group '{FAMILIES.group}'"
     )
@@ -74,7 +74,10 @@ def _why_not(model_type: str, config: Any) -> str:
     from transformers.models.auto import modeling_auto as auto
 
     if getattr(config, "is_encoder_decoder", False):
-        return f"'{model_type}' is an encoder-decoder; only encoders are built in"
+        return (
+            f"'{model_type}' is an encoder-decoder: name both of its lists of blocks in `stacks`, as "
+            "progscale/models/families/t5.py does"
+        )
     if model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        return f"'{model_type}' is decoder-only; only encoders are built in"
+        return f"'{model_type}' is decoder-only: progscale/models/families/llama.py is an example of such a family"
     return ""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from progscale.errors import ModelError
 from progscale.models.family import Family
 from progscale.models.lookup import families_by_type
 from progscale.models.weights import local_folder
+
+log = logging.getLogger("progscale.data")
 
 # One of these holds a vocabulary. Without any, transformers builds an empty tokenizer and says nothing.
 _VOCABULARIES = (
@@ -55,6 +58,25 @@ def load_tokenizer(
             ) from error
         where = "its files cannot be read" if folder else "neither a local folder nor reachable on the hub or cached"
         raise ModelError(f"tokenizer '{name}': {where} ({text[0].strip()})") from error
+
+
+def ensure_padding(tokenizer: Any) -> None:
+    """Lets a tokenizer without a pad token, as decoders have them, pad with its end token, and says so."""
+    if getattr(tokenizer, "pad_token_id", None) is None and getattr(tokenizer, "eos_token", None) is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+        log.info("the tokenizer has no pad token: it pads with its end token '%s'", tokenizer.eos_token)
+
+
+def follow_tokenizer(model: Any, tokenizer: Any) -> None:
+    """Makes a model's configs name the pad token of its tokenizer.
+
+    A decoder's classifier looks for the last token before it, generation fills with it, and who loads the exported model needs
+    both. It is done after the model is built: its embeddings would leave out the gradient of a pad token that they know of.
+    """
+    for name in ("config", "generation_config"):
+        config: Any = getattr(model, name, None)
+        if hasattr(config, "pad_token_id"):
+            config.pad_token_id = tokenizer.pad_token_id
 
 
 def drop_token_types(tokenizer: Any, config: Any) -> None:

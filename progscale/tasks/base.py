@@ -16,30 +16,42 @@ from progscale.tasks.ragged import Ragged
 if TYPE_CHECKING:
     import torch
 
+# A place without a target, as torch's cross-entropy and transformers know it.
+IGNORED = -100
+
 
 @dataclass(frozen=True, eq=False)
 class Tokenized:
     """One split, ready for the model.
 
-    A row is what the model sees at once: an example for classification, a window of an example for SQuAD. Batches,
-    steps and the loss count rows ("examples of the global batch"); scores count the original examples.
+    A row is what the model sees at once: an example for classification, a window of an example for SQuAD, a block of text for a
+    language model. Batches and steps count rows; scores count the original examples.
 
     Attributes:
         columns: model inputs by name ("input_ids"), a ragged row of token ids each; no attention mask, which is made
             while padding.
-        lengths: tokens of each row, int64, shape `(rows,)`.
-        labels: targets by name ("labels"; "start_positions" and "end_positions"), arrays of shape `(rows,)`; empty
-            where there are none.
+        lengths: tokens of each row, the target's included where it is another sequence; int64, shape `(rows,)`.
+        labels: targets by name ("labels"; "start_positions" and "end_positions"), arrays of shape `(rows,)`, or a ragged row of
+            token ids each, with IGNORED where there is no target; empty where there are none.
         source: whatever the task needs to score the split (the original rows); never sent to the model.
+        targets: target tokens of each row where the loss is the mean over tokens, int64, shape `(rows,)`, each at least 1; None
+            where it is the mean over rows.
     """
 
     columns: Mapping[str, Ragged]
     lengths: np.ndarray
-    labels: Mapping[str, np.ndarray]
+    labels: Mapping[str, np.ndarray | Ragged]
     source: Any = None
+    targets: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def weight(self, rows: np.ndarray | None = None) -> int:
+        """What the loss over these rows (all by default) is divided by: their number, or that of their target tokens."""
+        if self.targets is None:
+            return len(self) if rows is None else len(rows)
+        return int(self.targets.sum() if rows is None else self.targets[rows].sum())
 
 
 class Task(Protocol):
@@ -74,7 +86,10 @@ class Task(Protocol):
         ...
 
     def loss(self, outputs: Any, labels: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Loss of each row, float32, shape `(rows,)`; the engine sums and divides by the rows of the global batch."""
+        """Loss of each row, float32, shape `(rows,)`: the sum over its targets where the split counts them.
+
+        The engine sums, and divides by the rows or the target tokens of the global batch.
+        """
         ...
 
     def predict(self, outputs: Any, rows: Sequence[int], split: Tokenized) -> list[Any]:
@@ -83,6 +98,23 @@ class Task(Protocol):
 
     def score(self, predictions: Mapping[int, Any], split: Tokenized, name: str) -> dict[str, float]:
         """Metrics of a split from the predictions of every row exactly once (row → prediction)."""
+        ...
+
+
+class GeneratingTask(Task, Protocol):
+    """A task that is scored by what the model writes.
+
+    Its `predict` is called with the new token ids, shape `(rows, new tokens)`, in place of the model's outputs; None while
+    `generation` is.
+
+    Attributes:
+        generation: options of `generate` (max_new_tokens, num_beams), or None for no generation.
+    """
+
+    generation: Mapping[str, Any] | None
+
+    def prompts(self, inputs: Mapping[str, torch.Tensor], rows: Sequence[int], split: Tokenized) -> dict[str, torch.Tensor]:
+        """What the model is to go on from, for rows whose padded inputs are `inputs`."""
         ...
 
 

@@ -357,13 +357,30 @@ def read_parquet(path: Path) -> Table:
     return Table(str(path), columns, lambda row: f"row {row + 1}")
 
 
-def read_file(path: Path, delimiter: str | None = None) -> Table:
+def read_lines(path: Path) -> Table:
+    """A text in each line that is not blank, as the column "text".
+
+    Raises:
+        DataError: it is empty or not UTF-8.
+    """
+    kept = [(number, line) for number, line in enumerate(read_text(path).splitlines(), start=1) if line.strip()]
+    return Table(str(path), {"text": [line for _, line in kept]}, lambda row: f"line {kept[row][0]}", textual=True)
+
+
+def read_file(path: Path, delimiter: str | None = None, *, lines: bool = False) -> Table:
     """A table by the ending of its file name.
+
+    Args:
+        path: the file.
+        delimiter: of a csv file.
+        lines: a .txt file holds a text in each line, and no table.
 
     Raises:
         DataError: the ending is not known, or the content cannot be read.
     """
     ending = Path(path.name.removesuffix(".gz")).suffix.lower()
+    if lines and ending == ".txt":
+        return read_lines(path)
     if ending in (".csv", ".tsv", ".tab", ".txt"):
         return read_csv(path, delimiter)
     readers = {".json": read_json_table, ".jsonl": read_jsonl, ".ndjson": read_jsonl, ".parquet": read_parquet}

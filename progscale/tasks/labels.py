@@ -22,13 +22,13 @@ FLOAT32_MAX = float(np.finfo(np.float32).max)
 log = logging.getLogger("progscale.data")
 
 
-def texts_of(table: Table, column: str) -> list[str]:
-    """A text column.
+def texts_of(table: Table, column: str, key: str = "task.text_columns") -> list[str]:
+    """A text column, which the config names under `key`.
 
     Raises:
         DataError: no such column, or a value is null, an empty cell of a text file, or no text.
     """
-    values = table.column(column, "task.text_columns")
+    values = table.column(column, key)
     for row, value in enumerate(values):
         if value is None or (table.textual and not value):
             raise DataError(f"{table.name}: {table.where(row)}: '{column}' has no text (null or empty)")

@@ -13,7 +13,8 @@ from progscale.errors import DataError
 from progscale.models.family import HeadKind
 from progscale.tasks.base import Tokenized
 from progscale.tasks.cache import Arrays, batches_with_progress, cached, fingerprint_texts, fingerprint_tokenizer
-from progscale.tasks.metrics import choose_metric, own_scores
+from progscale.tasks.examples import ExampleTask, Texts
+from progscale.tasks.metrics import own_scores
 from progscale.tasks.ragged import Ragged
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Examples:
         return Examples([self.texts[row] for row in rows], pairs, self.labels[rows], self.origin)
 
 
-class SentenceTask:
+class SentenceTask(ExampleTask[Examples]):
     """Base of the tasks that give one output to one text or a pair of texts.
 
     A task says `label_names` (none for regression) and `metric_names`, and defines `read`.
@@ -63,15 +64,6 @@ class SentenceTask:
     label_names: tuple[str, ...] = ()
     metric_names: tuple[str, ...] = ("accuracy",)
 
-    def __init__(self, name: str, config: Any, *, seed: int = 0) -> None:
-        self.name = name
-        self.config = config
-        self.seed = seed
-        self.primary_metric, self.higher_is_better, self._own_metric = choose_metric(
-            self.config_value("metric"), self.metric_names
-        )
-        self._splits: dict[str, Examples] | None = None
-
     @property
     def num_labels(self) -> int:
         """Outputs of the head; 1 for regression."""
@@ -81,40 +73,6 @@ class SentenceTask:
     def problem_type(self) -> str | None:
         """As transformers names it."""
         return "single_label_classification" if self.label_names else "regression"
-
-    def config_value(self, key: str, default: Any = None) -> Any:
-        """An entry of the `task` section, or `default` where it is absent or null."""
-        value = getattr(self.config, key, None)
-        return default if value is None else value
-
-    def read(self) -> dict[str, Examples]:
-        """The splits before tokenising: "train" and those for evaluation."""
-        raise NotImplementedError
-
-    def splits(self) -> dict[str, Examples]:
-        """The splits, read once and cut to `max_train_examples` and `max_eval_examples`.
-
-        Raises:
-            DataError: what was read cannot be used.
-        """
-        if self._splits is None:
-            limits = (self.config_value("max_train_examples"), self.config_value("max_eval_examples"))
-            self._splits = {name: subset(examples, limits[name != "train"], self.seed) for name, examples in self.read().items()}
-            for name, examples in self._splits.items():
-                if not len(examples):
-                    raise DataError(f"{examples.origin}: no rows for {name}")
-                check_encodable(examples)
-        return self._splits
-
-    def check(self) -> None:
-        """Reads all of the data and tries the user's metric, without a tokenizer or a model.
-
-        Raises:
-            DataError: the first fault of the data.
-            ConfigError: the metric fails.
-        """
-        self.splits()
-        self._try_own_metric()
 
     def tokenize(self, tokenizer: Any, max_length: int) -> dict[str, Tokenized]:
         """The splits as tokens, cut to `max_length`; kept on disk for the next run.
@@ -133,6 +91,9 @@ class SentenceTask:
             arrays = cached(key, lambda e=examples, n=name: encode(tokenizer, e, max_length, n))  # type: ignore[misc]
             offsets = arrays.pop("offsets")
             truncated = int(arrays.pop("truncated"))
+            if not np.diff(offsets).all():
+                row = int(np.flatnonzero(np.diff(offsets) == 0)[0])
+                raise DataError(f"{examples.origin}: example {row} is no token for this tokenizer (an empty text?)")
             if truncated:
                 log.warning(
                     "%s: %d of %d rows (%.1f %%) are longer than train.max_length %d and lose their end",
@@ -186,7 +147,7 @@ class SentenceTask:
             ranking = powers / powers.sum(axis=1, keepdims=True)
         return own_scores(source, self.primary_metric, inputs, {"prediction_scores": ranking.tolist()})
 
-    def _try_own_metric(self) -> None:
+    def try_own_metric(self) -> None:
         """Lets the user's metric score a few right answers, so that one which does not fit fails now and not after an epoch."""
         if not self._own_metric:
             return
@@ -206,30 +167,7 @@ def compute_scores(names: tuple[str, ...], guesses: np.ndarray, references: np.n
     return {name: float(value) for name, value in (result or {}).items()}
 
 
-def subset(examples: Examples, limit: int | None, seed: int) -> Examples:
-    """At most `limit` examples, drawn by the seed and left in their order (a file may be sorted by its labels)."""
-    if limit is None or limit >= len(examples):
-        return examples
-    rows = np.sort(np.random.default_rng([seed, 7]).permutation(len(examples))[:limit])
-    return examples.take(rows)
-
-
-def check_encodable(examples: Examples) -> None:
-    r"""Raises DataError for a text that is no valid Unicode (JSON allows half of a pair, `"\ud800"`)."""
-    for column in (examples.texts, examples.pairs or []):
-        try:
-            "".join(column).encode()
-        except UnicodeEncodeError:
-            for i, text in enumerate(column):
-                try:
-                    text.encode()
-                except UnicodeEncodeError as error:
-                    character = text[error.start]
-                    message = f"{examples.origin}: example {i} holds U+{ord(character):04X}, which is no character"
-                    raise DataError(message) from None
-
-
-def encode(tokenizer: Any, examples: Examples, max_length: int, name: str) -> Arrays:
+def encode(tokenizer: Any, examples: Texts, max_length: int, name: str) -> Arrays:
     """Tokens of all examples: one flat array for each model input, "offsets" of the rows and "truncated", a count."""
     inputs = [column for column in ("input_ids", "token_type_ids") if column in tokenizer.model_input_names]
     parts: dict[str, list[Ragged]] = {column: [] for column in inputs}

@@ -218,7 +218,10 @@ def test_a_step_that_is_not_finite_never_was(two_ranks: TwoRanks, engine: str, r
         assert (poisoned.parameters[name] - value).abs().max().item() < PARAMETER_TOLERANCE, name
 
 
-@pytest.mark.parametrize("engine", [name for name in ENGINES if name != "plain"])
-def test_gradient_checkpointing_with_frozen_blocks(two_ranks: TwoRanks, engine: str) -> None:
-    case = {"family": "bert", "schedule": "progtuning", "embeddings": "first_stage", "method": "full"}
+@pytest.mark.parametrize(
+    ("engine", "family"),
+    [*((name, "bert") for name in ENGINES if name != "plain"), ("ddp", "llama"), ("zero2", "gpt2"), ("zero3", "t5")],
+)
+def test_gradient_checkpointing_with_frozen_blocks(two_ranks: TwoRanks, engine: str, family: str) -> None:
+    case = {"family": family, "schedule": "progtuning", "embeddings": "first_stage", "method": "full"}
     one_and_two_processes_agree(train(two_ranks, engine, checkpointing=True, **case), reference(**case))

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from progscale.models import ModelRequest, load_model
+from progscale.blocks import partition
+from progscale.errors import ModelError
+from progscale.models import ModelRequest, build_meta, family_of, find_family, load_model
+from progscale.models.loading import adapted
+from progscale.setup import check_as_planned
 from tests.harness.cases import run
 from tests.harness.worker import RankError, TwoRanks
 from tests.tiny import FAMILY_NAMES, SHARED_BLOCKS, tiny_model
@@ -73,3 +80,35 @@ def test_a_family_that_is_found_in_the_model_itself(two_ranks: TwoRanks, tmp_pat
     assert all(torch.equal(found["parameters"][name], value) for name, value in named["parameters"].items())
     with pytest.raises(RankError, match=r"encoder\.layer\.4.*is missing in its weights"):
         two_ranks.run(LOAD, path=str(tmp_path), seed=1, family="generic", overrides={"num_hidden_layers": 5})
+
+
+@pytest.mark.parametrize(("family", "head"), [("gpt2", "causal_lm"), ("t5", "seq2seq_lm")])
+def test_language_models(two_ranks: TwoRanks, tmp_path: Path, family: str, head: Any) -> None:
+    """Tied outputs stay tied, those of their own (T5 v1.1) too, and what the model says about generation is kept."""
+    model = tiny_model(family, head, tie_word_embeddings=family == "gpt2")
+    adapted(model, family_of(model))
+    model.generation_config.num_beams = 3
+    model.save_pretrained(tmp_path)
+    expected = load_model(ModelRequest(str(tmp_path), head=head))
+    for result in two_ranks.run(LOAD, path=str(tmp_path), seed=7, head=head):
+        assert set(result["parameters"]) == {name for name, _ in expected.named_parameters()}
+        assert ("lm_head.weight" in result["parameters"]) == (family == "t5")
+        for name, parameter in expected.named_parameters():
+            assert torch.equal(result["parameters"][name], parameter), name
+        assert result["generation"].num_beams == 3
+
+
+def test_weights_that_contradict_their_config_are_refused(two_ranks: TwoRanks, tmp_path: Path) -> None:
+    """transformers unties what differs; the plan was made of the config, and a partitioned model would lose a tensor."""
+    tiny_model("gpt2", "causal_lm", tie_word_embeddings=False).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    says = r"two tensors, 'lm_head.weight' and 'transformer.wte.weight', for what is one .*tie_word_embeddings"
+    with pytest.raises(RankError, match=says):
+        two_ranks.run(LOAD, path=str(tmp_path), seed=1, head="causal_lm")
+    request = ModelRequest(str(tmp_path), head="causal_lm")
+    parts = partition(build_meta(request), find_family(request))
+    with pytest.raises(ModelError, match=says):
+        check_as_planned(load_model(request), parts)
+    mended = dataclasses.replace(request, overrides={"tie_word_embeddings": False})
+    check_as_planned(load_model(mended), partition(build_meta(mended), find_family(mended)))

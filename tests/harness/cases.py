@@ -122,9 +122,16 @@ def global_batch(step: int, rows: int, vocabulary: int) -> tuple[torch.Tensor, t
     return tokens, tokens[:, 1] % 2
 
 
-def share(step: int, rows: int, vocabulary: int, rank: int, world_size: int, micro: int) -> list[Micro]:
+def end_token(config: PreTrainedConfig) -> int | None:
+    """What each row must end in: T5's classifier looks for it."""
+    return int(config.eos_token_id) if config.is_encoder_decoder else None
+
+
+def share(step: int, rows: int, vocabulary: int, rank: int, world_size: int, micro: int, end: int | None = None) -> list[Micro]:
     """This rank's micro-batches of a global batch; a rank with fewer rows gets fillers of weight 0."""
     tokens, labels = global_batch(step, rows, vocabulary)
+    if end is not None:
+        tokens[:, -1] = end
     mine = torch.arange(rank, rows, world_size)
     count = math.ceil(math.ceil(rows / world_size) / micro)
     batches = []
@@ -263,7 +270,7 @@ def run(
         before, bits, volume = masters(made), made.digests(frozen), made.updated_volume()
         for step in range(build.stage.start_step, build.stage.end_step):
             rate = curve_of(step)
-            batches = share(step, rows, vocabulary, made.rank, made.world_size, micro)
+            batches = share(step, rows, vocabulary, made.rank, made.world_size, micro, end_token(module.config))
             infinite = any((step, made.rank) == bad for bad in poison)
             loss = (lambda o, y: row_loss(o, y) * float("inf")) if infinite else row_loss
             loss = steep_loss if (step, made.rank) in poison_gradient else loss

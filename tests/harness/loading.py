@@ -9,19 +9,26 @@ import torch
 from progscale.engine.launch import make_accelerator, set_up_cpu
 from progscale.engine.loading import load_module
 from progscale.learning_rate import LearningRate
-from progscale.models import ModelRequest, find_family
+from progscale.models import HeadKind, ModelRequest, find_family
 from tests.harness.cases import ENGINES, builds_of, make_engine, reset_accelerate
 from tests.harness.moves import everywhere, take_steps
 
 
-def load(path: str, seed: int, dtype: str = "float32", family: str | None = None, **request: Any) -> dict[str, Any]:
+def load(
+    path: str,
+    seed: int,
+    dtype: str = "float32",
+    head: HeadKind = "sequence_classification",
+    family: str | None = None,
+    **request: Any,
+) -> dict[str, Any]:
     """Gathered parameters, each rank's share of elements, and the logits of one batch through the gathered model."""
     import deepspeed
 
     set_up_cpu(1)
     reset_accelerate()
     make_accelerator(deepspeed=ENGINES["zero3"])
-    wanted = ModelRequest(path, head="sequence_classification", **request)
+    wanted = ModelRequest(path, head=head, **request)
     torch.manual_seed(seed)
     module = load_module(wanted, find_family(wanted, family), ENGINES["zero3"], dtype=getattr(torch, dtype))
     held = sum(parameter.ds_tensor.numel() for parameter in module.parameters())  # type: ignore[attr-defined]
@@ -30,7 +37,8 @@ def load(path: str, seed: int, dtype: str = "float32", family: str | None = None
         with deepspeed.zero.GatheredParameters([parameter]):
             whole[name] = parameter.detach().clone()
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    return {"parameters": whole, "buffers": buffers, "held": held, "training": module.training}
+    found = {"parameters": whole, "buffers": buffers, "held": held, "training": module.training}
+    return {**found, "generation": getattr(module, "generation_config", None)}
 
 
 def train(path: str, checkpointing: bool = False) -> tuple[list[float], dict[str, torch.Tensor]]:

@@ -224,7 +224,7 @@ def test_the_hub_is_out_of_reach(own: dict[str, Any], task: str) -> None:
 
 def test_a_split_that_the_hub_has_not(own: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     table = Table("hub/trian", {"text": ["a"], "verdict": [1]}, str)
-    monkeypatch.setattr("progscale.tasks.table.load_hub", lambda name: {"trian": table, "test": table})
+    monkeypatch.setattr("progscale.tasks.sources.load_hub", lambda name: {"trian": table, "test": table})
     change = {"task__train_file": ..., "task__validation_file": ..., "task__hub": "no-one/data"}
     refused(dry(own, **change), "no-one/data has no split 'train' (trian, test); did you mean 'trian'?")
 
@@ -246,7 +246,7 @@ OVERRIDES: list[tuple[dict[str, Any], str]] = [
         "model.overrides.hidden_size: None is refused (Validation error for field 'hidden_size': TypeError: ",
     ),
     ({"return_dict": False}, "model.overrides.return_dict: cannot be changed here; outputs are read by their names"),
-    ({"is_decoder": True}, "model.overrides.is_decoder: cannot be changed here; blocks are an encoder's"),
+    ({"is_decoder": True}, "model.overrides.is_decoder: cannot be changed here; the family says what a block is"),
     ({"add_cross_attention": True}, "model.overrides.add_cross_attention: cannot be changed here"),
 ]
 
@@ -282,8 +282,8 @@ def test_configs_of_models(own: dict[str, Any], tmp_path: Path, config: dict[str
 @pytest.mark.parametrize(
     ("model_type", "message"),
     [
-        ("gpt2", "'gpt2' is decoder-only; only encoders are built in"),
-        ("t5", "'t5' is an encoder-decoder; only encoders are built in"),
+        ("bloom", "'bloom' is decoder-only: progscale/models/families/llama.py is an example of such a family"),
+        ("bart", "'bart' is an encoder-decoder: name both of its lists of blocks in `stacks`"),
         ("nystromformer", "no model family for model type 'nystromformer'; known: albert, bert, big_bird, camembert"),
         ("", "config.json has no model_type, which says what to build; known: albert, bert, big_bird, camembert"),
     ],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +14,15 @@ from transformers import BertForMaskedLM
 from progscale.blocks import partition
 from progscale.errors import ModelError
 from progscale.methods import live_parameters
-from progscale.models.family import FAMILIES, Family
+from progscale.models.family import FAMILIES, Family, ModelRequest
+from progscale.models.loading import build_meta, load_model
+from progscale.models.lookup import family_of
 from progscale.schedule import Stage
-from tests.tiny import FAMILY_NAMES, method_for, tiny_config, tiny_model
+from tests.tiny import DECODERS, FAMILY_NAMES, method_for, tiny_config, tiny_model
 
 HEADS = ("sequence_classification", "question_answering")
+LANGUAGE_MODELS = [(name, "causal_lm") for name in (*DECODERS, "qwen2", "qwen3", "mistral", "gemma")] + [("t5", "seq2seq_lm")]
+STACKS = {"t5": ("encoder", "decoder")}
 
 
 class Own(nn.Module):
@@ -33,24 +39,25 @@ class Own(nn.Module):
 OWN = Family("own", (), base="", embeddings=("tokens",), stacks={"blocks": "layers"}, head=("norm", "out"))
 
 
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("name", FAMILY_NAMES)
+@pytest.mark.parametrize(("name", "head"), [*product(FAMILY_NAMES, HEADS), *LANGUAGE_MODELS])
 def test_parts_partition_the_parameters(name: str, head: str) -> None:
     model = tiny_model(name, head)
-    parts = partition(model, FAMILIES.get(name))
+    parts = partition(model, family_of(model))
+    stacks = STACKS.get(name, ("blocks",))
     expected = dict(model.named_parameters())
     assert list(parts.parameters) == list(expected)
     assert all(info.shape == tuple(expected[key].shape) for key, info in parts.parameters.items())
     by_part = [*parts.names("embeddings"), *parts.names("head")]
-    by_part += [key for block in range(4) for key in parts.block_names("blocks", block)]
+    by_part += [key for stack in stacks for block in range(4) for key in parts.block_names(stack, block)]
     assert sorted(by_part) == sorted(expected)
     assert sorted(parts.names()) == sorted(expected)
-    assert parts.num_blocks == {"blocks": 4}
+    assert parts.num_blocks == dict.fromkeys(stacks, 4)
     assert parts.numel() == sum(tensor.numel() for tensor in expected.values())
     assert parts.numel() == parts.numel("embeddings") + parts.numel("block") + parts.numel("head")
     # ModernBERT's first block has no norm before its attention.
     alike = range(1 if name == "modernbert" else 0, 4)
-    assert len({parts.count(parts.block_names("blocks", block)) for block in alike}) == 1
+    for stack in stacks:
+        assert len({parts.count(parts.block_names(stack, block)) for block in alike}) == 1
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
@@ -79,6 +86,14 @@ def test_where_the_special_parameters_go() -> None:
     assert part("albert", "encoder.embedding_hidden_mapping_in.weight") == "embeddings"
     assert part("albert", "albert.pooler.weight") == "head"
     assert part("big_bird", "bert.pooler.weight") == "head"
+    assert part("gpt2", "wpe.weight") == "embeddings"
+    assert part("gpt2", "ln_f.bias") == "head"
+    assert part("llama", "model.norm.weight") == "head"
+    for stack in ("encoder", "decoder"):
+        assert part("t5", f"{stack}.final_layer_norm.weight") == "head"
+        # In the first block, but every block of the stack uses it.
+        assert part("t5", f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight") == "embeddings"
+        assert part("t5", f"{stack}.block.0.layer.0.SelfAttention.q.weight") == "block"
 
 
 def test_what_no_output_depends_on_is_known() -> None:
@@ -87,6 +102,37 @@ def test_what_no_output_depends_on_is_known() -> None:
     everything = Stage(1, 0, 1, {"blocks": (0, 1, 2, 3)}, embeddings=True)
     live = live_parameters(everything, parts, method_for("big_bird"))
     assert set(parts.parameters) - set(live) == {"bert.pooler.weight", "bert.pooler.bias"}
+
+
+@pytest.mark.parametrize(("name", "head"), LANGUAGE_MODELS)
+def test_an_output_layer_tied_to_the_embeddings_belongs_to_them(name: str, head: str) -> None:
+    tied, own = (tiny_model(name, head, tie_word_embeddings=tied) for tied in (True, False))
+    with_it, without = (partition(model, family_of(model)) for model in (tied, own))
+    (word,) = [info for info in with_it.parameters.values() if "lm_head.weight" in info.tied]
+    assert word.part == "embeddings"
+    if name != "t5":  # whose config cannot say so by itself: see the family
+        assert without.parameters["lm_head.weight"].part == "head"
+        assert without.numel() == with_it.numel() + word.numel
+
+
+def test_a_t5_with_an_output_layer_of_its_own(tmp_path: Path) -> None:
+    """What the config says is what is built, planned, loaded and written; transformers alone ties them until it sees weights."""
+    family = FAMILIES.get("t5")
+    own = tiny_model("t5", "seq2seq_lm", tie_word_embeddings=False)
+    assert own.lm_head.weight is own.shared.weight
+    assert family.adapt is not None
+    family.adapt(own)
+    with torch.no_grad():
+        own.lm_head.weight.normal_()
+    own.save_pretrained(tmp_path)
+    request = ModelRequest(str(tmp_path), head="seq2seq_lm")
+    loaded, meta = load_model(request), build_meta(request)
+    assert partition(meta, family) == partition(loaded, family)
+    assert partition(loaded, family).parameters["lm_head.weight"].part == "head"
+    assert torch.equal(loaded.lm_head.weight, own.lm_head.weight)
+    assert not torch.equal(loaded.lm_head.weight, loaded.shared.weight)
+    loaded.tie_weights()
+    assert torch.equal(loaded.lm_head.weight, own.lm_head.weight)
 
 
 def test_a_tied_tensor_belongs_to_the_embeddings_and_keeps_its_other_names() -> None:
@@ -168,6 +214,8 @@ def test_star_stands_for_one_component_and_blocks_keep_their_order() -> None:
     [
         ({"head": ("out",)}, "parameter 'norm.weight' belongs to no part"),
         ({"head": ("norm", "out", "out.weight", "tokens")}, "parameter 'tokens.weight' is claimed twice"),
+        ({"head": ("norm", "out", "layers.0.weight")}, "'layers.0.weight' is claimed twice"),
+        ({"embeddings": ("tokens", "layers")}, "'layers.0.weight' is claimed twice"),
         ({"embeddings": ("tokens", "layers.0")}, "'layers.0.weight' is claimed twice.*'layers.0' and by stack 'blocks'"),
         ({"embeddings": ("tokens", "positions")}, "pattern 'positions' matches no parameter.*write 'positions\\?'"),
         ({"stacks": {"blocks": "layer"}}, "'layer' is not in this Own.*found layers.*did you mean 'layers'"),

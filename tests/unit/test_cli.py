@@ -110,6 +110,31 @@ def test_plan_gives_the_papers_figures(command: Command) -> None:
     assert [stage["first_block"] for stage in plan["stages"]] in ([0, 8, 16], [{"blocks": first} for first in (0, 8, 16)])
 
 
+@pytest.mark.parametrize(
+    ("model", "choice", "total"),
+    [
+        ("gpt2", ["--head", "causal_lm"], 124_439_808),
+        ("google/flan-t5-base", ["--head", "seq2seq_lm"], 247_577_856),
+        ("gpt2", ["--set", "task.name=causal_lm", "--set", "task.train_file=x.txt"], 124_439_808),
+        (
+            "t5-small",
+            [f"--set=task.{key}" for key in ("name=summarization", "path=x", "source_column=a", "target_column=b")],
+            60_506_624,
+        ),
+    ],
+)
+def test_plan_of_language_models(command: Command, model: str, choice: list[str], total: int) -> None:
+    answer = command("plan", "--model", model, *choice, "--format", "json")
+    assert answer.code == 0, answer.err
+    assert json.loads(answer.out)["total_parameters"] == total
+
+
+def test_plan_names_a_head_that_a_model_has_not(command: Command) -> None:
+    answer = command("plan", "--model", "t5-small", "--head", "causal_lm")
+    assert answer.code == 2
+    assert "transformers has no causal lm head for model type 't5'" in answer.err
+
+
 def test_plan_takes_the_head_from_the_task(command: Command) -> None:
     """The three heads' sizes: two logits over a pooler; one and three; two for each token, and no pooler."""
     hidden, counts = 768, {}

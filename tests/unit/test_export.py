@@ -19,7 +19,11 @@ from progscale.tasks.demo import demo_tokenizer
 from tests.harness.cases import make_engine
 from tests.tiny import FAMILY_NAMES, SHARED_BLOCKS, tiny_model
 
-INPUTS = {"input_ids": torch.arange(5, 17).view(2, 6), "attention_mask": torch.ones(2, 6, dtype=torch.long)}
+# Each row ends in the end token of T5, whose classifier looks for it.
+INPUTS = {
+    "input_ids": torch.tensor([[5, 6, 7, 8, 9, 1], [11, 12, 13, 14, 15, 1]]),
+    "attention_mask": torch.ones(2, 6, dtype=torch.long),
+}
 LABELS = ["no", "maybe", "yes"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import pytest
@@ -28,13 +29,13 @@ def parts_of(family: str, method: str = "full") -> Partition:
         return partition(method_for(family, method).prepare(tiny_model(family, blocks=BLOCKS)), FAMILIES.get(family))
 
 
-def stages_of(schedule: str, embeddings: str, stages: int) -> tuple[Stage, ...]:
+def stages_of(schedule: str, embeddings: str, stages: int, stacks: Sequence[str] = ("blocks",)) -> tuple[Stage, ...]:
     firsts = [[2, 0, 4, 1, 3, 0, 2][index % 7] for index in range(stages)]
     firsts[-1] = 0
     options = {"custom": {"first_blocks": firsts}, "weighted": {"block_weights": [1.0, 5.0, 1.0, 1.0]}}
     return build_stages(
         schedule,
-        num_blocks={"blocks": BLOCKS},
+        num_blocks=dict.fromkeys(stacks, BLOCKS),
         stages=stages,
         total_steps=20,
         embeddings=embeddings,  # type: ignore[arg-type]
@@ -53,7 +54,8 @@ def stages_of(schedule: str, embeddings: str, stages: int) -> tuple[Stage, ...]:
 )
 def test_groups(family: str, schedule: str, embeddings: str, count: int, name: str, decay_all: bool) -> None:
     assume(by_family(name, family) is None)
-    parts, stages, method = parts_of(family, name), stages_of(schedule, embeddings, count), method_for(family, name)
+    parts, method = parts_of(family, name), method_for(family, name)
+    stages = stages_of(schedule, embeddings, count, list(parts.num_blocks))
     builds = build_for(stages, parts, method, weight_decay=DECAY, decay_bias_and_norm=decay_all)
     assert [build.stage for build in builds] == list(stages)
     for build in builds:

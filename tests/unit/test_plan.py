@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from fractions import Fraction
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -178,3 +179,36 @@ def test_the_table_shows_stages_blocks_and_saving() -> None:
     assert "········████████████████" in text
     assert "703.12 M updated; without stages 1005.43 M (30.1 % less)" in text
     assert "4.99" in text
+
+
+def test_two_stacks() -> None:
+    """Both stacks shrink; the norm that closes the encoder keeps the gradient running through all of the decoder."""
+    plan = plan_for("t5-small", head="seq2seq_lm", embeddings="first_stage")
+    assert plan.num_blocks == {"encoder": 6, "decoder": 6}
+    assert plan.to_json()["stages"][1]["first_block"] == {"encoder": 2, "decoder": 2}
+    assert [stage.lowest_trained for stage in plan.stages] == [0, 2, 4]
+    encoder, decoder = (plan.block_parameters[stack] for stack in ("encoder", "decoder"))
+    assert (encoder, decoder) == (3_146_752, 4_195_840)
+    # A third of the steps each: 6 + 6 blocks live, then 4 + 4, then 2 + 2; the gradient runs down to the lowest of the encoder.
+    weights = Fraction(6 + 4 + 2, 3) * (encoder + decoder)
+    gradients = Fraction(6 + 4 + 2, 3) * encoder + 6 * decoder
+    whole = 6 * (encoder + decoder)
+    assert compute_share(plan) == pytest.approx(float((whole + gradients + weights) / (3 * whole)))
+
+
+def test_a_frozen_encoder_below_a_live_decoder() -> None:
+    firsts = {"encoder": [0, 6], "decoder": [6, 0]}
+    plan = plan_for(
+        "t5-small", head="seq2seq_lm", schedule="custom", stages=2, embeddings="never", options={"first_blocks": firsts}
+    )
+    # With no block of the encoder left, its last norm is what the gradient still has to reach.
+    assert [stage.lowest_trained for stage in plan.stages] == [0, 6]
+
+
+@pytest.mark.parametrize(("model", "head"), [("gpt2", "causal_lm"), ("Qwen2.5-0.5B", "causal_lm"), ("t5-small", "seq2seq_lm")])
+def test_tied_outputs_go_with_the_embeddings(model: str, head: Any) -> None:
+    always, never = (plan_for(model, head=head, embeddings=policy) for policy in ("always", "never"))
+    assert never.stages[0].lowest_trained == 0
+    assert always.stages[0].trainable_parameters == always.total_parameters
+    vocabulary = {"gpt2": 50257 * 768, "Qwen2.5-0.5B": 151936 * 896, "t5-small": 32128 * 512}[model]
+    assert always.total_parameters - never.stages[0].trainable_parameters >= vocabulary

@@ -198,3 +198,14 @@ def test_same_run_after_json(tmp_path: Path) -> None:
     """Tuples become lists on the way to the disk."""
     checkpoint = open_checkpoint(publish(tmp_path, 1, run={"a": [1, [2]]}))
     check_same_run(checkpoint, {"a": (1, (2,))})
+
+
+def test_ragged_labels_are_part_of_the_data() -> None:
+    """Where a target stands decides, and so does where one row of them ends."""
+    column = Ragged.from_rows([[5, 6, 7], [8, 9]])
+
+    def found(*rows: list[int]) -> str:
+        return fingerprint(Tokenized({"input_ids": column}, column.lengths, {"labels": Ragged.from_rows(rows)}))
+
+    assert found([5, 6, 7], [8, 9]) == found([5, 6, 7], [8, 9])
+    assert len({found([5, 6, 7], [8, 9]), found([-100, 6, 7], [8, 9]), found([5, 6], [7, 8, 9])}) == 3

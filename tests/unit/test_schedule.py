@@ -138,6 +138,46 @@ def test_custom_stages_and_starts() -> None:
     assert [(stage.start_step, stage.end_step) for stage in built] == [(0, 1), (1, 9), (9, 10)]
 
 
+def test_options_by_stack() -> None:
+    stacks = {"encoder": 4, "decoder": 2}
+    built = build_stages(
+        "custom",
+        num_blocks=stacks,
+        stages=2,
+        total_steps=10,
+        options={"first_blocks": {"encoder": [0, 3], "decoder": [2, 0]}},
+    )
+    assert [stage.live_blocks for stage in built] == [
+        {"encoder": (0, 1, 2, 3), "decoder": ()},
+        {"encoder": (3,), "decoder": (0, 1)},
+    ]
+    assert built[0].first_block(stacks) == {"encoder": 0, "decoder": 2}
+    weights = {"encoder": [3, 1, 1, 1], "decoder": [1, 1]}
+    weighted = build_stages("weighted", num_blocks=stacks, stages=2, total_steps=10, options={"block_weights": weights})
+    assert [stage.live_blocks["encoder"][0] for stage in weighted] == [0, 1]
+    even = build_stages("progtuning", num_blocks=stacks, stages=2, total_steps=10)
+    assert even[1].first_block(stacks) == {"encoder": 2, "decoder": 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"encoder": [0, 1]},
+            r"first_blocks: given for encoder; the model's stacks of blocks are encoder, decoder: give one list",
+        ),
+        ({"encoder": [0, 1], "decoder": [0, 1], "x": [0, 1]}, "given for encoder, decoder, x"),
+        ({"encoder": [0, 1], "decoder": [0, 3]}, r"3 is not a block; .* \(stack 'decoder'\)"),
+        ([0, 4], r"4 is not a block; the model has 2 blocks.* \(stack 'decoder'\)"),
+    ],
+)
+def test_mistakes_with_stacks_are_named(options: object, message: str) -> None:
+    with pytest.raises(ScheduleError, match=message):
+        build_stages(
+            "custom", num_blocks={"encoder": 4, "decoder": 2}, stages=2, total_steps=10, options={"first_blocks": options}
+        )
+
+
 @pytest.mark.parametrize(
     ("name", "stages", "options", "message"),
     [

@@ -112,6 +112,11 @@ VALUES = [
     ({"optimizer": {"betas": [0.9, 1.0]}}, r"optimizer\.betas\.1: 1\.0 .*must be below 1"),
     ({"optimizer": {"betas": 0.9}}, r"optimizer\.betas: 0\.9 .*must be a list"),
     ({"schedule": {"first_blocks": [0, -1]}}, r"schedule\.first_blocks\.1: -1 .*must be at least 0"),
+    ({"schedule": {"first_blocks": 3}}, r"schedule\.first_blocks: 3 .*must be a list"),
+    ({"schedule": {"first_blocks": {}}}, r"schedule\.first_blocks: \{\} .*must have at least 1 entries"),
+    ({"schedule": {"first_blocks": {"decoder": [0, -1]}}}, r"schedule\.first_blocks\.decoder\.1: -1 .*must be at least 0"),
+    ({"schedule": {"first_blocks": {"decoder": 3}}}, r"schedule\.first_blocks\.decoder: 3 .*must be a list"),
+    ({"task": {"num_beams": 0}}, r"task\.num_beams: 0 .*must be at least 1"),
     ({"schedule": {"block_weights": [1, 0]}}, r"schedule\.block_weights\.1: 0 .*must be above 0"),
     ({"task": {"no_answer_threshold": "never"}}, r"task\.no_answer_threshold: \"never\" .*must be a number or 'auto'"),
     ({"task": {"text_columns": ["a", "b", "c"]}}, r"task\.text_columns: .*at most 2 entries"),
@@ -195,6 +200,9 @@ def model(**others: dict) -> dict:
     return {"model": {"name": "m"}, **others}
 
 
+LM: dict[str, dict[str, object]] = {"train": {"max_length": 512}}
+COLUMNS = {"source_column": "a", "target_column": "b"}
+PAIRS: dict[str, object] = {"name": "causal_lm", "train_file": "f", **COLUMNS}
 CROSS = [
     (
         {"optimizer": {"warmup_steps": 5, "warmup_fraction": 0.1}},
@@ -207,6 +215,33 @@ CROSS = [
     ({"schedule": {"options": {"a": 1}}}, r"schedule\.options: no options for schedule\.name = \"progtuning\""),
     ({"schedule": {"stages": 2, "starts": [0, 5, 9]}}, r"schedule\.starts: 3 entries .*for 2 stages; give one for each"),
     ({"schedule": {"name": "custom", "stages": 2, "first_blocks": [0]}}, r"first_blocks: 1 entries .*for 2 stages"),
+    (
+        {"schedule": {"name": "custom", "stages": 2, "first_blocks": {"encoder": [0, 1], "decoder": [0]}}},
+        r"schedule\.first_blocks\.decoder: 1 entries .*for 2 stages",
+    ),
+    (LM | {"task": {"name": "causal_lm"}}, r"task\.train_file: missing; task 'causal_lm' needs your data"),
+    ({"task": {"name": "causal_lm", "train_file": "a", "label_column": "b"}}, r"task\.label_column: only task 'table' uses it"),
+    ({"task": {"name": "causal_lm", "train_file": "a", "n_best": 3}}, r"task\.n_best: only squad tasks use it"),
+    ({"task": {"name": "mrpc", "generate": True}}, r"task\.generate: only causal_lm and summarization use it, not"),
+    (
+        {"task": {"name": "causal_lm", "train_file": "a", "source_column": "b"}},
+        r'task\.target_column: missing; task\.source_column = "b" .*needs it',
+    ),
+    (
+        {"task": {"name": "summarization", "train_file": "a"}},
+        r'task\.source_column: missing; task\.name = "summarization" .*needs it',
+    ),
+    ({"task": {"name": "causal_lm", "train_file": "a", "generate": True}}, r"task\.generate: is for prompts with completions"),
+    ({"task": {"name": "causal_lm", "train_file": "a", "num_beams": 2}}, r"task\.num_beams: is for written texts"),
+    ({"task": {"name": "causal_lm", "train_file": "a", "text_columns": ["a", "b"]}}, r"task\.text_columns: .*takes one column"),
+    (LM | {"task": PAIRS | {"text_columns": ["c"]}}, r"task\.text_columns: given beside task\.source_column"),
+    (LM | {"task": PAIRS | {"packing": True}}, r"task\.packing: is for whole texts"),
+    (LM | {"task": PAIRS | {"target_column": "a"}}, r'task\.target_column: "a" .*is task\.source_column too'),
+    (LM | {"task": PAIRS, "train": {"max_length": 100}}, r"task\.max_target_length: 128 must be below train\.max_length = 100"),
+    (
+        {"task": {"name": "summarization", **COLUMNS, "train_file": "f", "generate": False, "max_new_tokens": 3}},
+        r"task\.max_new_tokens: is for written texts",
+    ),
     ({"schedule": {"name": "custom", "first_blocks": [0, 1], "starts": [0]}}, r"starts: 1 entries .*for 2 stages"),
     ({"schedule": {"starts": [1, 5]}}, r"must ascend from 0"),
     ({"schedule": {"starts": [0, 5, 5]}}, r"must ascend from 0"),
@@ -298,3 +333,5 @@ def test_what_is_not_a_fault() -> None:
     assert load_config([{"train": {"epochs": 0.5}}]).stages == 1
     assert load_config([{"train": {"epochs": 2.5}}]).stages == 3
     assert load_config([{"schedule": {"name": "custom", "first_blocks": [0, 3]}}]).stages == 2
+    by_stack = {"encoder": [0, 3, 4], "decoder": [0, 1, 2]}
+    assert load_config([{"schedule": {"name": "custom", "first_blocks": by_stack}}]).stages == 3

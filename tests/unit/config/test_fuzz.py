@@ -88,6 +88,8 @@ VALID: dict[str, st.SearchStrategy[Any]] = {
 DEPENDENT = {
     *("task.path", "task.hub", "task.train_file", "task.validation_file", "task.text_columns", "task.label_column"),
     *("task.labels", "task.problem_type", "task.delimiter", "task.validation_fraction", "task.no_answer_threshold"),
+    *("task.source_column", "task.target_column", "task.source_prefix", "task.packing", "task.max_target_length"),
+    *("task.generate", "task.max_new_tokens", "task.num_beams"),
     *("task.doc_stride", "task.n_best", "task.max_answer_length", "train.gradient_accumulation_steps"),
     *("schedule.first_blocks", "schedule.starts", "schedule.block_weights", "schedule.options"),
     *("method.options", "optimizer.name", "optimizer.warmup_steps", "engine.name", "engine.deepspeed"),

@@ -52,7 +52,45 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+# Parameters as published, with the language-model head, and blocks of each stack.
+LANGUAGE_MODELS = {
+    "gpt2": (124_439_808, 12),
+    "gpt2-medium": (354_823_168, 24),
+    "gpt2-large": (774_030_080, 36),
+    "gpt2-xl": (1_557_611_200, 48),
+    "Llama-3.2-1B": (1_235_814_400, 16),
+    "Llama-3.2-3B": (3_212_749_824, 28),
+    "Llama-3.1-8B": (8_030_261_248, 32),
+    "Qwen2.5-0.5B": (494_032_768, 24),
+    "Qwen2.5-1.5B": (1_543_714_304, 28),
+    "Qwen2.5-7B": (7_615_616_512, 28),
+    "Qwen3-0.6B": (596_049_920, 28),
+    "Qwen3-1.7B": (1_720_574_976, 28),
+    "Qwen3-8B": (8_190_735_360, 36),
+    "t5-small": (60_506_624, 6),
+    "t5-base": (222_903_552, 12),
+    "t5-large": (737_668_096, 24),
+    "flan-t5-base": (247_577_856, 12),
+    "flan-t5-large": (783_150_080, 24),
+    "flan-t5-xl": (2_849_757_184, 24),
+}
+
+
+def test_every_architecture_has_its_size_here() -> None:
+    assert sorted([*SIZES, *LANGUAGE_MODELS]) == sorted(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_language_models_have_the_published_parameters(name: str) -> None:
+    encoder_decoder = "t5" in name
+    request = ModelRequest(name, head="seq2seq_lm" if encoder_decoder else "causal_lm", random_weights=True)
+    parts = partition(build_meta(request), find_family(request))
+    count, blocks = LANGUAGE_MODELS[name]
+    assert parts.numel() == count
+    assert parts.num_blocks == ({"encoder": blocks, "decoder": blocks} if encoder_decoder else {"blocks": blocks})
+
+
+@pytest.mark.parametrize("name", SIZES)
 def test_sizes(name: str) -> None:
     request = ModelRequest(name, head="sequence_classification", random_weights=True)
     model = build_meta(request)

@@ -18,7 +18,10 @@ def test_models_and_configs_find_their_family(name: str) -> None:
     assert family_of(torch.nn.Linear(1, 1), name).name == name
 
 
-@pytest.mark.parametrize(("model_type", "family"), [("xlm-roberta", "roberta"), ("camembert", "roberta")])
+@pytest.mark.parametrize(
+    ("model_type", "family"),
+    [("xlm-roberta", "roberta"), ("camembert", "roberta"), *((kind, "llama") for kind in ("mistral", "qwen2", "qwen3", "gemma"))],
+)
 def test_model_types_that_share_a_family(model_type: str, family: str) -> None:
     assert family_of(AutoConfig.for_model(model_type)).name == family
 
@@ -26,8 +29,8 @@ def test_model_types_that_share_a_family(model_type: str, family: str) -> None:
 @pytest.mark.parametrize(
     ("model_type", "words"),
     [
-        ("gpt2", ("'gpt2' is decoder-only", "register_family")),
-        ("t5", ("'t5' is an encoder-decoder", "register_family")),
+        ("bloom", ("'bloom' is decoder-only: progscale/models/families/llama.py", "register_family")),
+        ("bart", ("'bart' is an encoder-decoder: name both", "progscale/models/families/t5.py", "register_family")),
         (
             "nystromformer",
             ("register_family", 'model_types=("nystromformer",)', "--plugin my_module", "progscale.families", "deberta-v2"),

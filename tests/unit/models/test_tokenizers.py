@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +12,9 @@ from transformers import AutoConfig, BertTokenizerFast
 
 from progscale.errors import ModelError
 from progscale.models import check_tokenizer, family_of, load_tokenizer, max_tokens
-from progscale.models.tokenizers import drop_token_types
-from tests.tiny import tiny_config
+from progscale.models.tokenizers import drop_token_types, ensure_padding, follow_tokenizer
+from tests.harness.language import word_tokenizer
+from tests.tiny import tiny_config, tiny_model
 from tests.unit.models.conftest import WORDS
 
 
@@ -100,3 +102,20 @@ def test_token_types_of_a_model_that_knows_one_type_only() -> None:
     assert "token_type_ids" in tokenizer.model_input_names
     drop_token_types(tokenizer, tiny_config("roberta"))
     assert tokenizer.model_input_names == ["input_ids", "attention_mask"]
+
+
+def test_a_tokenizer_without_a_pad_token_pads_with_its_end_token(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer, padded = word_tokenizer(pad=False), word_tokenizer()
+    with caplog.at_level(logging.INFO, "progscale.data"):
+        ensure_padding(tokenizer)
+        ensure_padding(padded)
+    assert (tokenizer.pad_token, tokenizer.pad_token_id, padded.pad_token) == ("</s>", 1, "<pad>")
+    assert caplog.messages == ["the tokenizer has no pad token: it pads with its end token '</s>'"]
+
+
+def test_a_model_pads_like_its_tokenizer() -> None:
+    """After it was built: an embedding that knows of a pad token keeps the gradient of that row at zero."""
+    model = tiny_model("llama", "causal_lm", pad_token_id=None)
+    follow_tokenizer(model, word_tokenizer())
+    assert model.config.pad_token_id == model.generation_config.pad_token_id == 0
+    assert model.model.embed_tokens.padding_idx is None

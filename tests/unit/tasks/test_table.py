@@ -18,7 +18,7 @@ from progscale.errors import ConfigError, DataError
 from progscale.tasks.base import TASKS
 from progscale.tasks.demo import demo_tokenizer
 from progscale.tasks.metrics import load_own
-from progscale.tasks.table import split_rows
+from progscale.tasks.sources import split_rows
 
 ROWS = [("the fox sees", "good"), ("the hare hears", "bad"), ("a wolf, twice", "good"), ('"quoted" hen', "bad")] * 5
 
