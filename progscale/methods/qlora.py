@@ -68,18 +68,19 @@ class QLora(LowRank):
         Raises:
             ModelError: a block has linear layers that bitsandbytes cannot hold.
         """
+        paths = self._paths(model)
         if not next(model.parameters()).is_meta:
-            self._quantise(model)
+            self._quantise(model, paths)
         return super().prepare(model)
 
-    def _quantise(self, model: torch.nn.Module) -> None:
+    def _quantise(self, model: torch.nn.Module, paths: list[str]) -> None:
         import torch
 
         from progscale.layers import quantise
 
         precision = self.subject.precision
         compute = torch.bfloat16 if precision.startswith("bf16") else {"fp16": torch.float16}.get(precision, torch.float32)
-        quantise(model, self._paths(model), quant_type=self.options.quant_type, double=self.options.double_quant, compute=compute)
+        quantise(model, paths, quant_type=self.options.quant_type, double=self.options.double_quant, compute=compute)
 
     def _paths(self, model: torch.nn.Module) -> list[str]:
         import torch
@@ -120,13 +121,13 @@ class QLora(LowRank):
 
     def restore(self, model: torch.nn.Module, folder: Path) -> torch.nn.Module:
         """PEFT's own loading, onto the quantised base model."""
-        self._quantise(model)
+        self._quantise(model, self._paths(model))
         return super().restore(model, folder)
 
     def merge(self, model: torch.nn.Module, folder: Path) -> torch.nn.Module:
         """The updates added to the values that the quantised layers compute with: what was trained, in full precision."""
         from progscale.layers import dequantise
 
-        self._quantise(model)
+        self._quantise(model, self._paths(model))
         dequantise(model)
         return super().merge(model, folder)
