@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 
 from progscale.engine.launch import set_up_cpu
 from progscale.optimizers import OPTIMIZERS
+from tests.contract.test_moving_state import one_then_none
 from tests.contract.test_resume import same_bits
 from tests.harness import checkpoints
 from tests.harness.cases import ENGINES, Outcome, global_batch, run
@@ -153,6 +154,12 @@ def test_a_forced_switch_changes_nothing(two_ranks: TwoRanks, engine: str, optim
     assert forced.losses == never.losses
     for name, value in never.parameters.items():
         assert torch.equal(forced.parameters[name], value), name
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3-offload"])
+def test_eight_stages_leave_one_engine_and_then_none(two_ranks: TwoRanks, engine: str) -> None:
+    for left in two_ranks.run("tests.harness.moves:many_stages", engine=engine, count=8, optimizer="adamw_8bit"):
+        one_then_none(left, of_stage3=int(engine.startswith("zero3")))
 
 
 @pytest.mark.parametrize(

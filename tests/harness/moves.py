@@ -139,6 +139,7 @@ class Leftovers:
 def alive_objects() -> dict[str, int]:
     """Live objects of DeepSpeed, by kind; each of them holds a whole engine, or the buffers of one."""
     gc.collect()
+    from bitsandbytes.optim.optimizer import Optimizer8bit
     from deepspeed.runtime.base_optimizer import ZeROOptimizer
     from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.zero import parameter_offload
@@ -149,7 +150,7 @@ def alive_objects() -> dict[str, int]:
     kinds = {
         "engine": DeepSpeedEngine,
         "optimizer": ZeROOptimizer,
-        "torch optimizer": torch.optim.AdamW,
+        "torch optimizer": (torch.optim.AdamW, Optimizer8bit),
         "coordinator": PartitionedParameterCoordinator,
     }
     counts = {name: sum(issubclass(type(thing), kind) for thing in found) for name, kind in kinds.items()}
@@ -187,11 +188,11 @@ def held_bytes(module: torch.nn.Module) -> int:
     return sum({held.untyped_storage().data_ptr(): held.untyped_storage().nbytes() for held in tensors}.values())
 
 
-def many_stages(engine: str, count: int = 20) -> Leftovers:
+def many_stages(engine: str, count: int = 20, optimizer: str = "adamw") -> Leftovers:
     """Begins `count` stages that shrink and grow again, one step in each."""
     module = tiny_model("bert", blocks=4).train()
     hooks, attributes = hooks_of(module), attributes_of(module)
-    made = make_engine(module, engine)
+    made = make_engine(module, engine, optimizer=optimizer)
     _, builds = builds_of(module, "progtuning", "first_stage", 4, 4, {})
     losses, held = [], []
     for index in range(count):

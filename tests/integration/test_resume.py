@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from progscale.checkpoint import shards
 from progscale.session import Session
 from progscale.tasks.demo import DemoTask
-from tests.harness.programs import Answer, in_process, records, settings, summary_of
+from tests.harness.programs import REPOSITORY, Answer, in_process, launched, records, settings, summary_of
 
 VARYING = ("train_seconds", "switch_seconds", "audit_seconds", "evaluation_seconds", "saving_seconds", "total_seconds", "stages")
 
@@ -101,6 +101,28 @@ def test_told_to_stop(told: type[Told], whole: Path, tmp_path: Path, step: int, 
     assert not (tmp_path / "a" / "PREEMPTED").exists()
     (record,) = records(tmp_path / "a", "resume")
     assert record["step"] == step
+
+
+def test_state_in_8_bits_goes_on_under_another_engine(told: type[Told], tmp_path: Path) -> None:
+    """Flat shards have other blocks than parameters: the user is told, and so is whoever reads the records."""
+    told.stop_at = 1
+    changes = {"optimizer__name": "paged_adamw_8bit"}
+    stopped = train(tmp_path, **changes)
+    assert stopped.code == 75, stopped.err
+    assert "on this cpu it is adamw_8bit" in unwrapped(stopped)
+    told.stop_at = None
+    alike = train(tmp_path, "--resume", str(tmp_path / "a"), run__name="alike", **changes)
+    assert alike.code == 0, alike.err
+    assert "quantised anew" not in unwrapped(alike)
+    config = str(REPOSITORY / "configs" / "zero2.json")
+    options = settings(run__output_dir=str(tmp_path), train__evaluate="stage", **changes)
+    answer = launched(tmp_path, ["--config", config, *options, "--resume", "must"])
+    assert answer.code == 0, answer.err
+    (record,) = records(tmp_path / "a", "requantized")
+    assert record["stage"] == 1
+    assert f"stage 1: {record['values']} values of the optimizer's 8-bit state were quantised anew" in unwrapped(answer)
+    losses = [[line["loss"] for line in records(tmp_path / run, "step")] for run in ("a", "alike")]
+    assert losses[0][-5:] == pytest.approx(losses[1], abs=0.02)
 
 
 def test_told_to_stop_while_evaluating(told: type[Told], whole: Path, tmp_path: Path) -> None:
