@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from progscale.export import load_exported, merge_exported
 from tests.harness.language import model_folder, sentences, word_tokenizer, write_jsonl
 from tests.harness.programs import Answer, in_process, records, settings, summary_of
 from tests.integration.test_resume import Told, same_run
@@ -45,6 +47,16 @@ def train(folder: Path, *more: str, **changes: Any) -> Answer:
     return in_process("train", *settings(run__output_dir=str(folder), **{**COMMON, **changes}), *more)
 
 
+def own_loss(model: Any, tokenizer: Any, texts: list[str]) -> float:
+    """What transformers' own loss says of texts: joined, cut into blocks, the mean over all tokens but each block's first."""
+    stream = [token for text in texts for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    blocks = [torch.tensor([stream[begin : begin + 24]]) for begin in range(0, len(stream), 24)]
+    blocks = [block for block in blocks if block.shape[1] > 1]
+    with torch.no_grad():
+        summed = sum(model(input_ids=block, labels=block).loss.item() * (block.shape[1] - 1) for block in blocks)
+    return summed / sum(block.shape[1] - 1 for block in blocks)
+
+
 def test_a_decoder_on_texts_stopped_and_resumed(told: type[Told], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = model_folder(tmp_path / "gpt2", "gpt2", "causal_lm", tokenizer=word_tokenizer(pad=False))
     texts, held_out = sentences(48, longest=10), sentences(9, seed=1)
@@ -65,13 +77,7 @@ def test_a_decoder_on_texts_stopped_and_resumed(told: type[Told], tmp_path: Path
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "whole" / "a" / "model")
     assert exported.config.use_cache is True
     assert (exported.config.pad_token_id, exported.generation_config.pad_token_id, tokenizer.pad_token) == (1, 1, "</s>")
-    # The texts as transformers' own loss sees them: joined, cut into blocks, the mean over all tokens but each block's first.
-    stream = [token for text in held_out for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
-    blocks = [torch.tensor([stream[begin : begin + 24]]) for begin in range(0, len(stream), 24)]
-    blocks = [block for block in blocks if block.shape[1] > 1]
-    with torch.no_grad():
-        summed = sum(exported(block, labels=block).loss.item() * (block.shape[1] - 1) for block in blocks)
-    assert metrics["loss"] == pytest.approx(summed / sum(block.shape[1] - 1 for block in blocks), abs=1e-5)
+    assert metrics["loss"] == pytest.approx(own_loss(exported, tokenizer, held_out), abs=1e-5)
 
     told.stop_at = 1
     assert train(tmp_path / "again", **run).code == 75
@@ -79,6 +85,60 @@ def test_a_decoder_on_texts_stopped_and_resumed(told: type[Told], tmp_path: Path
     answer = train(tmp_path / "again", "--resume", "auto", **run)
     assert answer.code == 0, answer.err
     same_run(tmp_path / "again" / "a", tmp_path / "whole" / "a")
+
+
+@pytest.mark.parametrize(
+    ("family", "method"), [("gpt2", "lora"), ("gpt2", "bitfit"), ("gpt2", "adapter"), ("llama", "lora"), ("llama", "qlora")]
+)
+def test_methods_on_a_decoder(tmp_path: Path, family: str, method: str) -> None:
+    """The head was pretrained with the rest: it stays as it is, and what is exported loads on the base model."""
+    model = model_folder(tmp_path / family, family, "causal_lm", tie_word_embeddings=False)
+    texts, held_out = sentences(48, longest=10), sentences(9, seed=1)
+    (tmp_path / "train.txt").write_text("\n\n".join(texts))
+    (tmp_path / "dev.txt").write_text("\n".join(held_out))
+    run = {"task__name": "causal_lm", "task__path": str(tmp_path), "model__name": str(model), "train__epochs": 1}
+    answer = train(tmp_path, "--set", f"method.name={method}", **run)
+    assert answer.code == 0, answer.err
+    summary, folder = summary_of(tmp_path / "a"), tmp_path / "a" / "model"
+    exported = load_exported(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert own_loss(exported, tokenizer, held_out) == pytest.approx(summary["metrics"]["loss"], abs=1e-5)
+    assert summary["updated_parameters"] == summary["planned_updated_parameters"]
+    before = AutoModelForCausalLM.from_pretrained(model).lm_head.weight
+    heads = [value for name, value in exported.named_parameters() if name.endswith("lm_head.weight")]
+    assert len(heads) == 1 and torch.equal(heads[0], before)
+    if method == "lora":
+        peft = AutoPeftModelForCausalLM.from_pretrained(folder).eval()
+        assert own_loss(peft, tokenizer, held_out) == pytest.approx(summary["metrics"]["loss"], abs=1e-5)
+        merge_exported(folder, tmp_path / "merged")
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+        assert own_loss(merged, tokenizer, held_out) == pytest.approx(summary["metrics"]["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["adapter", "lora", "qlora"])
+def test_methods_on_an_encoder_decoder(tmp_path: Path, method: str) -> None:
+    """Both stacks have what the method adds, and the model writes through it."""
+    model = model_folder(tmp_path / "t5", "t5", "seq2seq_lm")
+    sources = sentences(25)
+    data = write_jsonl(tmp_path / "data.jsonl", article=sources, summary=[" ".join(text.split()[:3]) for text in sources])
+    run = {
+        **{"task__name": "summarization", "task__train_file": str(data), "model__name": str(model), "train__epochs": 1},
+        **{"task__source_column": "article", "task__target_column": "summary", "task__validation_fraction": 0.2},
+        **{"task__max_target_length": 6, "task__max_new_tokens": 5},
+    }
+    answer = train(tmp_path, "--set", f"method.name={method}", **run)
+    assert answer.code == 0, answer.err
+    summary = summary_of(tmp_path / "a")
+    assert {"rouge1", "loss", "perplexity"} <= summary["metrics"].keys()
+    counts = [stage["trainable_parameters"] for stage in summary["stages"]]
+    assert counts[0] == 2 * counts[1]
+    assert all(stage["updated_parameters"] == stage["planned_updated_parameters"] for stage in summary["stages"])
+    exported = load_exported(tmp_path / "a" / "model")
+    added = [name for name, _ in exported.named_parameters() if ".adapter." in name or ".lora_" in name]
+    assert {stack for stack in ("encoder", "decoder") if any(f"{stack}.block.3." in name for name in added)} == {
+        "encoder",
+        "decoder",
+    }
 
 
 @pytest.mark.parametrize("beams", [1, 3])
