@@ -182,7 +182,11 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
 def add_config_options(parser: argparse.ArgumentParser) -> None:
     """Options that give a config."""
     parser.add_argument(
-        "--config", action="append", default=[], metavar="FILE", help="JSON layer, also a bare DeepSpeed config; later ones win"
+        "--config",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="JSON layer, also a bare DeepSpeed config; it may include others; later ones win",
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="one config value, e.g. optimizer.lr=3e-5"
