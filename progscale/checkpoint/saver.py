@@ -195,16 +195,16 @@ class Saver:
         needed = _room(slices)
         if needed > self._copy.numel() and not self._allocate(needed):
             return None
-        offset, copies = 0, []
-        for part in slices:
-            places = []
-            for tensor in part.all_tensors():
-                size = tensor.numel() * tensor.element_size()
-                places.append(self._copy[offset : offset + size].view(tensor.dtype))
-                places[-1].copy_(tensor.detach().view(-1), non_blocking=True)
-                offset += _aligned(size)
-            next_place = iter(places)
-            copies.append(part.map(lambda _, places=next_place: next(places)))  # type: ignore[misc]
+        offset = 0
+
+        def copy(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal offset
+            size = tensor.numel() * tensor.element_size()
+            place = self._copy[offset : offset + size].view(tensor.dtype)
+            offset += _aligned(size)
+            return place.copy_(tensor.detach().view(-1), non_blocking=True)
+
+        copies = [part.map(copy) for part in slices]
         if self._engine.device.type == "cuda":
             torch.cuda.synchronize(self._engine.device)
         return iter(copies)
@@ -232,7 +232,8 @@ class Saver:
         optimizer = self._engine.settings.optimizer
         coming = [part for part in slices if part.name in live and not set(optimizer.moments) & set(part.tensors)]
         sizes = (size for part in coming for size in optimizer.moment_bytes(part.end - part.start))
-        size = _room(slices) + sum(map(_aligned, sizes))
+        # The scales of a range may be one more than those of a tensor that begins with a block.
+        size = _room(slices) + sum(_aligned(size + 4) for size in sizes)
         if size <= self._copy.numel():
             return
 

@@ -81,13 +81,20 @@ class Shard:
         return key in self.optimizer.blockwise and self.state[key].dtype == torch.uint8
 
     def scalars(self) -> dict[str, float]:
-        """The state that is one number for the whole tensor ("step")."""
-        of_blocks = {name for entry in self.optimizer.blockwise.values() for name in (entry.scales, entry.table)}
-        return {
-            key: float(value.item() if isinstance(value, torch.Tensor) else value)
-            for key, value in self.state.items()
-            if key not in self.optimizer.moments and key not in of_blocks and isinstance(value, int | float | torch.Tensor)
-        }
+        """The state that is one number for the whole tensor ("step").
+
+        Raises:
+            TypeError: the optimizer keeps a tensor that it does not say anything of.
+        """
+        known = {*self.optimizer.moments}
+        known |= {name for entry in self.optimizer.blockwise.values() for name in (entry.scales, entry.table)}
+        found = {}
+        for key, value in self.state.items():
+            if key not in known and isinstance(value, int | float | torch.Tensor):
+                if isinstance(value, torch.Tensor) and value.numel() > 1:
+                    raise TypeError(f"the state '{key}' of the optimizer {self.optimizer.name} is in none of its `moments`")
+                found[key] = float(value)
+        return found
 
 
 def elementwise(shard: Shard) -> list[str]:

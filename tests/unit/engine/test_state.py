@@ -82,6 +82,14 @@ def test_slices_are_views() -> None:
     assert one.state["exp_avg"][:7].equal(value_of("a", "exp_avg"))
 
 
+def test_state_that_nobody_knows_of_is_an_error() -> None:
+    """Left out, it would be lost with the first checkpoint."""
+    one = shard(("a", 0, 7))
+    one.state["max_exp_avg_sq"] = torch.zeros(7)
+    with pytest.raises(TypeError, match="'max_exp_avg_sq' of the optimizer adamw is in none of its `moments`"):
+        list(slices_of([one]))
+
+
 def test_matching_layouts() -> None:
     old = [shard(("a", 0, 7), ("b", 0, 6)), shard(("d", 0, 30))]
     same = [shard(("d", 0, 30), filled=False), shard(("a", 0, 7), ("b", 0, 6), filled=False)]
