@@ -104,8 +104,8 @@ class Task(Section):
 
     name: Text = Field(
         default="demo",
-        description=f"demo; {', '.join(GLUE_TASKS)}; {', '.join(SQUAD_TASKS)}; over your own data table, "
-        f"{', '.join(LANGUAGE_TASKS)}; or registered",
+        description=f"demo; {', '.join(GLUE_TASKS)}; {', '.join(SQUAD_TASKS)}; "
+        f"table, {', '.join(LANGUAGE_TASKS)}; yours",
     )
     path: Text | None = Field(default=None, description="local folder or file in the task's official format; null: the hub")
     hub: Text | None = Field(default=None, description="data set on the hub; null: the task's own")
