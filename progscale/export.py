@@ -28,6 +28,8 @@ log = logging.getLogger("progscale")
 PARTIAL, OLD = ".partial", ".old"
 # What the exported weights are: the optimizer step and the scores they had.
 ORIGIN = "progscale.json"
+# Beside it, where a run that trains an adapter keeps the random weights that it begins with.
+BASE = "base_model"
 # Of an exported folder, what is the adapter and not its tokenizer.
 ADAPTER_FILES = (ORIGIN, "adapter_model.safetensors", "adapter_config.json", "quantization_config.json", "README.md")
 
@@ -167,6 +169,9 @@ def load_exported(folder: str | Path, *, base: str | None = None, merge: bool = 
         if merge:
             raise UserError(f"{path}: method '{method.name}' exports a whole model, there is nothing to merge: use it as it is")
         return load_model(replace(request, name=str(path), overrides={}), family).eval()
+    beside = path.parent / BASE
+    if base is None and beside.is_dir() and not Path(request.name).exists():
+        base = str(beside)  # the run was moved, and with it the random weights that it began with
     model = load_model(replace(request, name=base or request.name), family)
     model = method.merge(model, path) if merge else method.restore(model, path)
     return model.eval()

@@ -25,7 +25,7 @@ from progscale.engine.deepspeed import check_release
 from progscale.engine.launch import check_precision, create_engine, make_accelerator, set_up_cpu
 from progscale.engine.loading import load_module, untied
 from progscale.errors import ConfigError, Fault, FinishedError, ModelError, printable
-from progscale.export import describe
+from progscale.export import BASE, describe
 from progscale.layers import seeded
 from progscale.learning_rate import LearningRate
 from progscale.meters import MemoryMeter
@@ -274,7 +274,7 @@ def method_of(config: Config, found: Inputs) -> Method[Any]:
 
 def base_folder(config: Config) -> Path:
     """Where the random weights of a run's base model are kept."""
-    return Path(config.run.output_dir).expanduser().absolute() / config.run_name / "base_model"
+    return Path(config.run.output_dir).expanduser().absolute() / config.run_name / BASE
 
 
 def make_engine(config: Config, found: Inputs, method: Method[Any], accelerator: Any, parts: Partition) -> Engine:

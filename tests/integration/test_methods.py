@@ -66,6 +66,9 @@ def test_merge(tmp_path: Path) -> None:
     assert (answer.code, answer.out.strip()) == (0, f"merged into {tmp_path / 'merged'}")
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
     assert score(plain, tmp_path / "merged")[1] == pytest.approx(summary_of(tmp_path / "a")["metrics"]["loss"], abs=1e-5)
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert in_process("merge", str(tmp_path / "b" / "model"), str(tmp_path / "again")).code == 0, "its base model moved with it"
+    (tmp_path / "b").rename(tmp_path / "a")
     (tmp_path / "a" / "base_model").rename(tmp_path / "elsewhere")
     for arguments, says in (
         ([str(tmp_path / "a" / "model"), str(tmp_path / "merged")], "there is something already"),
