@@ -198,3 +198,11 @@ def test_same_run_after_json(tmp_path: Path) -> None:
     """Tuples become lists on the way to the disk."""
     checkpoint = open_checkpoint(publish(tmp_path, 1, run={"a": [1, [2]]}))
     check_same_run(checkpoint, {"a": (1, (2,))})
+
+
+def test_an_option_that_the_checkpoint_is_older_than(tmp_path: Path) -> None:
+    """Empty, it asks for nothing that the run of then did not do; filled, it does."""
+    checkpoint = open_checkpoint(publish(tmp_path, 1, run={"schedule.name": "none"}))
+    check_same_run(checkpoint, {"schedule.name": "none", "optimizer.options": {}})
+    with pytest.raises(ConfigError, match=r"optimizer\.options: the checkpoint has null, this run \{\"momentum\": 0\.5\}"):
+        check_same_run(checkpoint, {"schedule.name": "none", "optimizer.options": {"momentum": 0.5}})

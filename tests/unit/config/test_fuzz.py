@@ -90,7 +90,7 @@ DEPENDENT = {
     *("task.labels", "task.problem_type", "task.delimiter", "task.validation_fraction", "task.no_answer_threshold"),
     *("task.doc_stride", "task.n_best", "task.max_answer_length", "train.gradient_accumulation_steps"),
     *("schedule.first_blocks", "schedule.starts", "schedule.block_weights", "schedule.options"),
-    *("optimizer.name", "optimizer.warmup_steps", "engine.name", "engine.deepspeed"),
+    *("optimizer.name", "optimizer.options", "optimizer.warmup_steps", "engine.name", "engine.deepspeed"),
 }
 
 
