@@ -220,14 +220,13 @@ class Optimizer(Section):
 
     name: Text = Field(
         default="adamw",
-        description="adamw; adamw_8bit (2 bytes of state for each element instead of 8); paged_adamw, paged_adamw_8bit (state "
-        "may leave a full GPU); lion (4 bytes; wants a third to a tenth of AdamW's lr), lion_8bit (1 byte); or registered",
+        description="adamw, adamw_8bit, paged_adamw, paged_adamw_8bit, lion, lion_8bit (docs/optimizers.md), or registered",
     )
     lr: float = Field(default=2e-5, gt=0, le=100, description="learning rate after warm-up (the demo alone: 5e-4)")
     weight_decay: float = Field(default=0.01, ge=0, le=100, description="decoupled weight decay")
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = Field(
         default=[0.9, 0.999],
-        description="decay rates of Adam's two moments; of Lion's update and its moment, where they are 0.9 and 0.99",
+        description="decay rates of Adam's two moments; for lion of update and moment, by default [0.9, 0.99]",
     )
     eps: float = Field(default=1e-8, gt=0, le=1, description="added to Adam's denominator; lion has none")
     options: dict[str, Any] = Field(default_factory=dict, description="options of an optimizer from another package")
