@@ -116,7 +116,7 @@ def run(
     module.train()
     made = make_engine(module, engine, precision=precision)
     schedule = "progtuning" if options is None else "custom"
-    _, builds = builds_of(module, schedule, "first_stage", 2, steps, "full", options or {})
+    _, builds = builds_of(module, schedule, "first_stage", 2, steps, options or {})
     split, pad = token_split(family, 9), pad_values(word_tokenizer(), module.config)
     kind: Any = Summarization if family == "t5" else CausalLanguageModel
     task = kind.__new__(kind)  # its data is ours
