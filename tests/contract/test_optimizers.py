@@ -28,10 +28,18 @@ CASE: dict[str, Any] = {"schedule": "progtuning", "embeddings": "first_stage", "
 FORCED = CASE | {"schedule": "none", "embeddings": "always"}
 OTHERS = [name for name in OPTIMIZERS.names() if name != "adamw"]
 DISTRIBUTED = [name for name in ENGINES if name != "plain"]
-# Each optimizer on the plain engine, the two ways in 8 bits on all, and each of the rest under two of the others.
+# Each optimizer on the plain engine, AdamW in 8 bits on all, and the rest under two or three of the others.
 CONTRACTS = [("plain", name) for name in OTHERS]
-CONTRACTS += [(engine, name) for name in ("adamw_8bit", "lion_8bit") for engine in DISTRIBUTED]
-CONTRACTS += [("ddp", "lion"), ("zero3", "lion"), ("zero2", "paged_adamw"), ("zero3-offload", "paged_adamw")]
+CONTRACTS += [(engine, "adamw_8bit") for engine in DISTRIBUTED]
+CONTRACTS += [
+    ("zero1", "lion_8bit"),
+    ("zero2-offload", "lion_8bit"),
+    ("zero3", "lion_8bit"),
+    ("ddp", "lion"),
+    ("zero3", "lion"),
+    ("zero2", "paged_adamw"),
+    ("zero3-offload", "paged_adamw"),
+]
 RATE = 1e-3
 # What quantising once more does to a moment, relative (L2): more to one that shares a block with larger ones.
 ROUNDING = 0.1
