@@ -104,8 +104,7 @@ class Task(Section):
 
     name: Text = Field(
         default="demo",
-        description=f"demo; {', '.join(GLUE_TASKS)}; {', '.join(SQUAD_TASKS)}; "
-        f"table, {', '.join(LANGUAGE_TASKS)}; yours",
+        description=f"demo; {', '.join(GLUE_TASKS)}; {', '.join(SQUAD_TASKS)}; table, {', '.join(LANGUAGE_TASKS)}; yours",
     )
     path: Text | None = Field(default=None, description="local folder or file in the task's official format; null: the hub")
     hub: Text | None = Field(default=None, description="data set on the hub; null: the task's own")
