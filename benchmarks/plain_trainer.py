@@ -27,8 +27,8 @@ from progscale.config import Config
 from progscale.data import collate, eval_batches, evaluate_task, pad_values
 from progscale.engine.launch import set_up_cpu
 from progscale.engine.loading import load_module
+from progscale.inputs import Permissions, model_request, tokenizer_of
 from progscale.models.loading import find_family
-from progscale.setup import Permissions, model_request, tokenizer_of
 from progscale.tasks.base import TASKS, Task, Tokenized
 
 

@@ -259,8 +259,9 @@ def run_train(options: argparse.Namespace) -> int:
         if not options.dry_run:
             signals.folder = Path(config.run.output_dir) / config.run_name
         quiet_libraries()
+        from progscale.inputs import Permissions
         from progscale.run import run
-        from progscale.setup import Permissions, prepare
+        from progscale.setup import prepare
 
         permissions = Permissions(options.allow_pickle, options.trust_remote_code)
         if options.dry_run:

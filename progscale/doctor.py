@@ -11,6 +11,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -62,8 +63,10 @@ def examine(config: Config, *, trust_remote_code: bool = False) -> list[Check]:
         import torch
         from huggingface_hub.constants import HF_HOME, HF_HUB_OFFLINE
 
-        from progscale.setup import Permissions
+        from progscale.inputs import Permissions
         from progscale.tasks.cache import cache_dir
+
+        import_module("progscale.setup")  # and with it all that a run imports
     except (ImportError, OSError) as error:
         return [*checks, Check("versions: imports", "problem", f"{error}; nothing more can be told", "pip install -e .")]
     gpus = []
@@ -235,8 +238,9 @@ def model_check(config: Config, permissions: Any) -> tuple[Check, int, int]:
     import torch
 
     from progscale.blocks import partition
+    from progscale.inputs import find_inputs
     from progscale.methods import live_parameters
-    from progscale.setup import find_inputs, method_of, stages_of
+    from progscale.setup import method_of, stages_of
 
     counts = [0]
 

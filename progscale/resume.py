@@ -152,18 +152,21 @@ def _ranges(blocks: Sequence[int]) -> str:
 def fingerprint(split: Tokenized) -> str:
     """A hash of a split's tokens and labels."""
     digest = xxhash.xxh3_128()
+
+    def update(values: Ragged | np.ndarray) -> None:
+        if isinstance(values, Ragged):
+            # Token ids fit in 32 bits, and a cache may keep them in fewer.
+            for array in (values.values, values.offsets):
+                digest.update(np.ascontiguousarray(array, dtype=np.int64).data)
+        else:
+            digest.update(np.ascontiguousarray(np.asarray(values)).data)
+
     for name, column in sorted(split.columns.items()):
         digest.update(name.encode())
-        # Token ids fit in 32 bits, and a cache may keep them in fewer.
-        digest.update(np.ascontiguousarray(column.values, dtype=np.int64).data)
-        digest.update(np.ascontiguousarray(column.offsets, dtype=np.int64).data)
+        update(column)
     for name, labels in sorted(split.labels.items()):
         digest.update(name.encode())
-        if isinstance(labels, Ragged):
-            digest.update(np.ascontiguousarray(labels.values, dtype=np.int64).data)
-            digest.update(np.ascontiguousarray(labels.offsets, dtype=np.int64).data)
-        else:
-            digest.update(np.ascontiguousarray(np.asarray(labels)).data)
+        update(labels)
     return digest.hexdigest()[:16]
 
 
@@ -176,8 +179,7 @@ def check_same_run(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
     """
     theirs = check_state(checkpoint.path, checkpoint.state).run
     ours = json.loads(json.dumps(identity))
-    # An older release may have no such option: `{}` asks for nothing.
-    different = [key for key in sorted({*theirs, *ours}) if theirs.get(key, {}) != ours.get(key, {})]
+    different = [key for key in sorted({*theirs, *ours}) if not same_value(theirs.get(key), ours.get(key))]
     # What follows from other options is news only where they are alike (somebody's own schedule, other data).
     told = [key for key in different if key not in DERIVED] or different
     if told:
@@ -188,6 +190,11 @@ def check_same_run(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
         raise ConfigError(
             faults, f"--resume: {checkpoint.path} is of another run (restore these values, or start anew with --resume never)"
         )
+
+
+def same_value(theirs: Any, ours: Any) -> bool:
+    """Whether an option has one value in both; None and `{}` ask for nothing, like an option that an older release had not."""
+    return (None if theirs == {} else theirs) == (None if ours == {} else ours)
 
 
 def derive_stage(stages: Sequence[Stage], checkpoint: Checkpoint) -> Stage:

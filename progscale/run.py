@@ -6,9 +6,10 @@ import sys
 
 from progscale.config import Config
 from progscale.errors import AuditError, NonFiniteError, PreemptedError, ProgscaleError, WriteError
+from progscale.inputs import NO_PERMISSIONS, Permissions
 from progscale.loop import train
 from progscale.session import Session
-from progscale.setup import NO_PERMISSIONS, Permissions, prepare
+from progscale.setup import prepare
 from progscale.signals import Signals, mark_preempted
 from progscale.watch import Watch
 

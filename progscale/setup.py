@@ -3,82 +3,54 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from progscale.blocks import Partition, partition
 from progscale.checkpoint.saver import Saver
 from progscale.checkpoint.store import Store
-from progscale.config import Config, config_hash, decisive_values, dump_config, micro_batch_size
+from progscale.config import Config, dump_config, micro_batch_size
 from progscale.data import TrainLoader, pad_values
 from progscale.engine import ranks
 from progscale.engine.base import Engine, EngineSettings
 from progscale.engine.deepspeed import check_release
 from progscale.engine.launch import check_precision, create_engine, make_accelerator, set_up_cpu
 from progscale.engine.loading import load_module, untied
-from progscale.errors import ConfigError, Fault, FinishedError, ModelError, printable
+from progscale.errors import ConfigError, Fault, ModelError
 from progscale.export import BASE, describe
+from progscale.folder import check_unfinished, open_folder, restore_replaced, resume_line, unfinished
+from progscale.inputs import NO_PERMISSIONS, Inputs, Permissions, find_inputs
 from progscale.layers import seeded
 from progscale.learning_rate import LearningRate
 from progscale.meters import MemoryMeter
 from progscale.methods import Method, Subject, make_method
-from progscale.models.family import Family, ModelRequest
-from progscale.models.loading import build_meta, check_weights, find_family
+from progscale.models.family import Family
+from progscale.models.loading import check_weights
 from progscale.models.saving import save_whole
-from progscale.models.tokenizers import (
-    check_tokenizer,
-    drop_token_types,
-    ensure_padding,
-    follow_tokenizer,
-    load_tokenizer,
-    max_tokens,
-)
+from progscale.models.tokenizers import follow_tokenizer
 from progscale.names import method_faults, with_options
 from progscale.optim import build_for
 from progscale.optimizers import OPTIMIZERS, Optimizer, Request
 from progscale.plan import Plan, check_shared_blocks, make_plan, render_plan, schedule_options
 from progscale.resume import FOLDER as CHECKPOINTS
-from progscale.resume import POLICIES, Resumed, derive_stage, find_checkpoint, identity_of
+from progscale.resume import POLICIES, derive_stage, find_checkpoint, identity_of
 from progscale.schedule import Stage, build_stages
 from progscale.session import Session
-from progscale.signals import PREEMPTED, Signals
-from progscale.tasks.base import TASKS, Task, Tokenized
-from progscale.tasks.demo import DEMO_MODEL, demo_tokenizer
-from progscale.trackers import RunConsole, RunFolder, lock, unlock
+from progscale.signals import Signals
+from progscale.tasks.base import Tokenized
+from progscale.trackers import RunConsole
 
-
-@dataclass(frozen=True)
-class Permissions:
-    """What only the command line may allow, never a config file."""
-
-    allow_pickle: bool = False
-    trust_remote_code: bool = False
-
-
-NO_PERMISSIONS = Permissions()
 # How much longer a collective waits than the watch.
 WATCH_FIRST_SECONDS = 30
 # The dtype of the parameters themselves, where it is not float32; autocast needs none.
 PARAMETER_DTYPES = {"bf16_params": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a config names, found and checked; no weight is loaded yet, and no other rank is needed for it."""
-
-    task: Task
-    request: ModelRequest
-    family: Family
-    skeleton: torch.nn.Module
-    tokenizer: Any
 
 
 def prepare(
@@ -195,33 +167,6 @@ def prepare(
     )
 
 
-def find_inputs(config: Config, permissions: Permissions) -> Inputs:
-    """Task, model without weights and tokenizer.
-
-    Raises:
-        UserError: one of them is missing, or they do not go together.
-    """
-    check_metric(config, permissions)
-    if config.model.name is None and config.task.name != "demo":
-        raise ConfigError(Fault("model.name", f"missing; task '{config.task.name}' brings no model of its own"))
-    task: Task = TASKS.get(config.task.name)(config.task, seed=config.run.seed)
-    task.check()
-    request = model_request(config, task, permissions)
-    family = find_family(request, config.model.family)
-    skeleton = build_meta(request, family)
-    tokenizer = demo_tokenizer() if config.model.name is None else tokenizer_of(config, family, permissions)
-    model_config = getattr(skeleton, "config", None)
-    drop_token_types(tokenizer, model_config)
-    ensure_padding(tokenizer)
-    check_tokenizer(tokenizer, model_config, config.train.max_length, family)
-    if family.check is not None:
-        family.check(request, model_config, tokenizer, config.train)
-    if config.train.gradient_checkpointing:
-        check_checkpointing(skeleton)
-    check_generation(config, task, model_config, family)
-    return Inputs(task, request, family, skeleton, tokenizer)
-
-
 def join_ranks(config: Config, options: Mapping[str, Any]) -> Any:
     """The Accelerator of this run, once all ranks are there and want the same.
 
@@ -334,76 +279,10 @@ def check_as_planned(module: torch.nn.Module, parts: Partition) -> None:
     """
     tied = {other: info.name for info in parts.parameters.values() for other in info.tied}
     for name, _ in module.named_parameters():
+        if name in tied:
+            raise ModelError(untied(name, tied[name]))
         if name not in parts.parameters:
-            other = "the model that was loaded has a parameter '{name}', which that of its config has not"
-            raise ModelError(untied(name, tied[name]) if name in tied else other.format(name=name))
-
-
-def check_generation(config: Config, task: Task, model_config: Any, family: Family) -> None:
-    """Refuses a model that cannot read or write what the task asks of it.
-
-    Raises:
-        ModelError: its decoder has no start token.
-        ConfigError: a decoder has no room for what it is to write after the longest prompt.
-    """
-    if task.head == "seq2seq_lm" and getattr(model_config, "decoder_start_token_id", None) is None:
-        raise ModelError(
-            "the model's config has no decoder_start_token_id, with which its decoder begins; set it with model.overrides "
-            "(T5 has 0)"
-        )
-    if task.head != "causal_lm" or not getattr(task, "generates", False):
-        return
-    limit, more = max_tokens(model_config, family), cast(Any, task).max_new_tokens
-    if limit is not None and config.train.max_length + more > limit:
-        raise ConfigError(
-            Fault(
-                "task.max_new_tokens",
-                f"{more} beside train.max_length {config.train.max_length} are more than the {limit} tokens that this model "
-                "takes; lower one of them",
-            )
-        )
-
-
-def check_metric(config: Config, permissions: Permissions) -> None:
-    """A metric of `evaluate` is somebody's Python code, which no config file may run by itself.
-
-    Raises:
-        ConfigError: the command line does not allow it.
-    """
-    metric = config.task.metric
-    if metric is not None and metric.startswith("evaluate:") and not permissions.trust_remote_code:
-        raise ConfigError(
-            Fault("task.metric", f"'{metric}' runs Python code that comes with the metric; allow it with --trust-remote-code")
-        )
-
-
-def model_request(config: Config, task: Task, permissions: Permissions) -> ModelRequest:
-    """What model the config and the task ask for; the demo brings its own tiny architecture."""
-    demo = config.model.name is None
-    overrides: dict[str, Any] = {**(DEMO_MODEL if demo else {}), **config.model.overrides}
-    return ModelRequest(
-        name="bert-base-uncased" if demo else str(config.model.name),
-        head=task.head,
-        num_labels=task.num_labels,
-        label_names=task.label_names,
-        problem_type=task.problem_type,
-        overrides=overrides,
-        random_weights=demo or config.model.random_weights,
-        revision=config.model.revision,
-        allow_pickle=permissions.allow_pickle,
-        trust_remote_code=permissions.trust_remote_code,
-    )
-
-
-def tokenizer_of(config: Config, family: Family, permissions: Permissions) -> Any:
-    """The tokenizer that the config names, or the model's own."""
-    own = config.model.tokenizer is None
-    return load_tokenizer(
-        str(config.model.name if own else config.model.tokenizer),
-        revision=config.model.revision if own else None,
-        trust_remote_code=permissions.trust_remote_code,
-        family=family if own else None,
-    )
+            raise ModelError(f"the model that was loaded has a parameter '{name}', which that of its config has not")
 
 
 def total_steps_of(config: Config, steps_per_epoch: int) -> int:
@@ -474,114 +353,6 @@ def code_hash() -> str:
 
     sources = sorted(Path(__file__).parent.rglob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
-
-
-def open_folder(config: Config, plan: Plan, path: Path, resumed: Resumed | None, store: Store) -> RunFolder:
-    """The run folder with config.json and plan.json in it; by the main process.
-
-    Where the run goes on in it, half-written checkpoints are removed, and those that lie beyond the one it goes on from are
-    put aside: they are damaged, or of a time that will not come again.
-    """
-    resume_bytes = None
-    if resumed is not None:
-        check_outside(path, resumed.checkpoint.path)
-        if resumed.in_place:
-            resume_bytes = int(resumed.checkpoint.state["metrics_bytes"])
-    named = config.run.name is not None
-    folder = RunFolder(path, dump_config(config), config_hash(config), named=named, resume_bytes=resume_bytes)
-    folder.write("plan.json", plan.to_json())
-    if resumed is not None:
-        if resumed.in_place:
-            (path / "summary.json").unlink(missing_ok=True)
-            store.clean()
-            for later in itertools.takewhile(lambda entry: not entry.samefile(resumed.checkpoint.path), store.candidates()):
-                store.sideline(later)
-        folder.record(
-            "resume",
-            step=resumed.checkpoint.step,
-            path=str(resumed.checkpoint.path),
-            saved_by={key: resumed.checkpoint.state[key] for key in ("engine", "world_size", "versions")},
-            rejected=[str(error) for error in resumed.rejected],
-        )
-    return folder
-
-
-def restore_replaced(path: Path) -> None:
-    """Brings back the run's checkpoint that was being saved again when it was killed: there may be no other.
-
-    Raises:
-        ConfigError: another process is at work in the run's folder, and may be the one that replaces it.
-    """
-    store = Store(path / CHECKPOINTS)
-    if store.replaced():
-        held = lock(path)
-        try:
-            store.restore()
-        finally:
-            unlock(held)
-
-
-def check_outside(path: Path, checkpoint: Path) -> None:
-    """Refuses a run folder inside the checkpoint that is read.
-
-    Raises:
-        ConfigError: it is.
-    """
-    if path.resolve().is_relative_to(checkpoint.resolve()):
-        raise ConfigError(Fault("run.output_dir", f"'{path}' lies inside the checkpoint to go on from; choose another"))
-
-
-def check_unfinished(config: Config, path: Path) -> None:
-    """Refuses to go on with a run that has ended.
-
-    Raises:
-        FinishedError: there is a summary of this very run.
-    """
-    if not (path / "summary.json").exists():
-        return
-    try:
-        theirs = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return
-    ours = dump_config(config)
-    sections = {name: part for name, part in theirs.items() if isinstance(part, dict)} if isinstance(theirs, dict) else {}
-    if all(sections.get(section, {}).get(key, {}) == ours[section][key] for section, key in decisive_keys(config)):
-        (path / PREEMPTED).unlink(missing_ok=True)  # of a signal while it was started: there is nothing to start again
-        raise FinishedError(f"the run in {path} has ended: see summary.json there (--resume never makes it anew)")
-
-
-def decisive_keys(config: Config) -> list[tuple[str, str]]:
-    """(section, key) of every option that decides what a run computes."""
-    return [(section, name) for section, _, name in (key.partition(".") for key in decisive_values(config))]
-
-
-def resume_line(resumed: Resumed | None, path: Path, total_steps: int) -> str:
-    """What the user is told of the beginning."""
-    if resumed is None:
-        return f"no checkpoint to go on from in {path}: starting fresh"
-    state = resumed.checkpoint.state
-    by = f"{printable(state['engine'])} on {state['world_size']} {'process' if state['world_size'] == 1 else 'processes'}"
-    return f"resuming from {resumed.checkpoint.path}: step {resumed.checkpoint.step} of {total_steps}, saved by {by}"
-
-
-def unfinished(path: Path) -> str:
-    """What to say of a run that was moved aside and could have gone on."""
-    if (path / "summary.json").exists() or not Store(path / CHECKPOINTS).candidates():
-        return ""
-    return " (it was not finished: with --resume auto it would have gone on)"
-
-
-def check_checkpointing(module: Any) -> None:
-    """Refuses gradient checkpointing for a model that cannot do it.
-
-    Raises:
-        ModelError: it has no `gradient_checkpointing_enable`, or says itself (as transformers' MPNet does) that it has no use.
-    """
-    own = type(module).__name__
-    if not hasattr(module, "gradient_checkpointing_enable"):
-        raise ModelError(f"train.gradient_checkpointing: {own} has no gradient_checkpointing_enable; set it to false")
-    if not getattr(module, "supports_gradient_checkpointing", True):
-        raise ModelError(f"train.gradient_checkpointing: {own} does not support it; set it to false")
 
 
 def enable_checkpointing(module: Any) -> None:

@@ -13,7 +13,7 @@ from progscale.checkpoint.manifest import STATE, Manifest, check_hash, check_siz
 from progscale.checkpoint.shards import WEIGHT, Stored, check_scales, index_shard, open_shard
 from progscale.engine import ranks
 from progscale.engine.base import Engine
-from progscale.engine.state import Filling
+from progscale.engine.filling import Filling
 from progscale.errors import RejectedError
 
 T = TypeVar("T")

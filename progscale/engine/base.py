@@ -19,7 +19,8 @@ import torch.distributed as dist
 import xxhash
 
 from progscale.engine import ranks
-from progscale.engine.state import MASTER, Shard, Slice, deal, match_shards, move_shard, redistribute, slices_of
+from progscale.engine.moving import redistribute
+from progscale.engine.state import MASTER, Shard, Slice, deal, match_shards, move_shard, slices_of
 from progscale.errors import ModelError
 from progscale.layers import quantisation_tensors
 from progscale.optim import StageBuild

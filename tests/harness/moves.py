@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 import torch
 
 from progscale.engine.base import Engine
-from progscale.engine.state import MASTER, Shard, Slice, dequantize, redistribute, slices_of
+from progscale.engine.filling import dequantize
+from progscale.engine.moving import redistribute
+from progscale.engine.state import MASTER, Shard, Slice, slices_of
 from progscale.learning_rate import LearningRate
 from progscale.optim import StageBuild
 from progscale.optimizers import Optimizer

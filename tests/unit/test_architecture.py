@@ -20,7 +20,7 @@ ORDER = [
     *("tasks", "data"),
     *("checkpoint", "resume", "verify", "watch"),
     *("meters", "trackers", "export"),
-    *("session", "setup", "progress", "loop", "run", "doctor", "cli", "__main__"),
+    *("session", "inputs", "folder", "setup", "progress", "loop", "run", "doctor", "cli", "__main__"),
 ]
 WITHOUT_TORCH = ("errors", "numbers", "registry", "config", "schedule", "names", "learning_rate", "launcher", "signals", "cli")
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
@@ -85,6 +85,8 @@ def test_the_rule_sees_imports_wherever_they_stand() -> None:
         (["train", "--help"], 0, "--set KEY=VALUE"),
         (["train", "--config", "missing.json"], 2, "missing.json"),
         (["train", "--set", "schedule.name=progtunning"], 2, "did you mean 'progtuning'"),
+        (["train", "--set", "model.family=berd"], 2, "did you mean 'bert'"),
+        (["train", "--set", "method.name=lora", "--set", "method.options.rnak=4"], 2, "did you mean 'rank'"),
         (["train", "--print-config"], 0, '"schedule"'),
         (["train", "--list-options"], 0, "optimizer.lr"),
         (["plan"], 2, "no model named"),

@@ -21,8 +21,8 @@ from progscale import doctor
 from progscale.config import Checkpoint, Config, Engine, Run, Task, Train, load_config
 from progscale.doctor import Check, Gpu, Ranks
 from progscale.errors import ConfigError
+from progscale.inputs import NO_PERMISSIONS
 from progscale.plan import plan_for
-from progscale.setup import NO_PERMISSIONS
 from progscale.tasks.demo import DEMO_MODEL
 from tests.harness.programs import REPOSITORY, Answer, in_process
 

@@ -32,11 +32,12 @@ from progscale.checkpoint.store import LATEST, REPLACED, STAGED, Store
 from progscale.config import Checkpoint, Config, Run, Schedule, Train
 from progscale.data import TrainLoader, global_batches
 from progscale.errors import RejectedError
+from progscale.folder import open_folder, restore_replaced
 from progscale.models.family import FAMILIES
 from progscale.resume import FOLDER, derive_stage, find_checkpoint, stage_values
 from progscale.schedule import Stage
 from progscale.session import Session
-from progscale.setup import open_folder, restore_replaced, stages_of, total_steps_of
+from progscale.setup import stages_of, total_steps_of
 from progscale.tasks.base import Tokenized
 from progscale.tasks.ragged import Ragged
 from progscale.trackers import RunFolder

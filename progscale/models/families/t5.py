@@ -5,8 +5,6 @@ The first block of each stack holds the table of relative positions that all its
 
 from typing import Any
 
-from torch import nn
-
 from progscale.models.family import Family, register_family
 
 
@@ -17,6 +15,8 @@ def untie(model: Any) -> None:
     weights: a model without weights would then lack a parameter that the loaded one has. What tells is
     `tie_word_embeddings: false` in the published config, which it keeps as `scale_decoder_outputs`.
     """
+    from torch import nn
+
     head = getattr(model, "lm_head", None)
     if head is None or getattr(model.config, "scale_decoder_outputs", True):
         return

@@ -11,7 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from progscale.engine.state import MASTER, Filling, Piece, Scales, Shard, Slice, deal, dequantize, redistribute, slices_of
+from progscale.engine.filling import Filling, dequantize
+from progscale.engine.moving import redistribute
+from progscale.engine.state import MASTER, Piece, Scales, Shard, Slice, deal, slices_of
 from progscale.optimizers import BLOCK, OPTIMIZERS, AdamW, Optimizer, Request
 
 CPU = torch.device("cpu")

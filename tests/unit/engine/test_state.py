@@ -11,16 +11,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from progscale.engine.filling import Filling
+from progscale.engine.moving import redistribute
 from progscale.engine.state import (
     MASTER,
-    Filling,
     Piece,
     Shard,
     Slice,
     elementwise,
     match_shards,
     move_shard,
-    redistribute,
     slices_of,
 )
 
