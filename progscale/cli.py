@@ -10,18 +10,18 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from progscale import __version__
 from progscale.config import Config, describe_schema, dump_config, load_config
 from progscale.config.schema import LANGUAGE_TASKS, SQUAD_TASKS
 from progscale.errors import ConfigError, DataError, Fault, LaunchError, ModelError, ProgscaleError, UserError
 from progscale.launcher import read_ranks
+from progscale.models.family import HeadKind
 from progscale.names import method_options, name_faults, with_options
 from progscale.signals import Signals
 
 if TYPE_CHECKING:
-    from progscale.models.family import HeadKind
     from progscale.plan import Plan
 
 EXAMPLES = """examples:
@@ -210,7 +210,7 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--embeddings", metavar="WHEN", help="short for schedule.embeddings: always, first_stage, never")
     parser.add_argument(
         "--head",
-        choices=["sequence_classification", "question_answering", "causal_lm", "seq2seq_lm"],
+        choices=get_args(HeadKind),
         help="the model's head; default: that of the config's task, else sequence_classification",
     )
     parser.add_argument(

@@ -116,10 +116,10 @@ class Adapter(Method[AdapterOptions]):
         Raises:
             ModelError: the folder's tensors are not those of this model.
         """
-        from progscale.models.saving import fill_parameters
+        from progscale.models.saving import fill_tensors
 
         prepared = self.prepare(model)
-        fill_parameters(prepared, folder / WEIGHTS)
+        fill_tensors(prepared, folder / WEIGHTS)
         return prepared
 
     def merge(self, model: torch.nn.Module, folder: Path) -> NoReturn:

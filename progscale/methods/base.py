@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 
 from progscale.config import Config, Section
 from progscale.errors import Fault
@@ -50,10 +50,10 @@ class Subject:
         return self.head in FRESH_HEADS
 
 
-O = TypeVar("O", bound=Section)  # noqa: E741
+OptionsT = TypeVar("OptionsT", bound=Section)
 
 
-class Method(ABC, Generic[O]):
+class Method(ABC, Generic[OptionsT]):
     """A fine-tuning method, applied to one model.
 
     A method of one's own needs `tensors` alone; `prepare` may add modules, and what a plain transformers model cannot hold is
@@ -69,12 +69,12 @@ class Method(ABC, Generic[O]):
     Options: ClassVar[type[Section]] = NoOptions
     saves_whole: ClassVar[bool] = True
 
-    def __init__(self, subject: Subject, options: O | None = None) -> None:
+    def __init__(self, subject: Subject, options: OptionsT | None = None) -> None:
         self.subject = subject
-        self.options: O = options if options is not None else self.Options()  # type: ignore[assignment]
+        self.options = options if options is not None else cast(OptionsT, self.Options())
 
     @classmethod
-    def refusals(cls, options: O, config: Config) -> list[Fault]:
+    def refusals(cls, options: OptionsT, config: Config) -> list[Fault]:
         """Combinations with the rest of the config that cannot work, each with the reason. No model is loaded yet."""
         return []
 

@@ -43,8 +43,8 @@ def save_tensors(state: Mapping[str, torch.Tensor], file: Path) -> None:
     save_file({name: value.contiguous() for name, value in state.items()}, file, metadata={"format": "pt"})
 
 
-def fill_parameters(model: torch.nn.Module, file: Path) -> None:
-    """Gives parameters of a model the tensors of a safetensors file, by name.
+def fill_tensors(model: torch.nn.Module, file: Path) -> None:
+    """Gives parameters and persistent buffers of a model the tensors of a safetensors file, by name.
 
     Raises:
         ModelError: the file has a tensor that the model has not, or has in another shape.
@@ -52,11 +52,12 @@ def fill_parameters(model: torch.nn.Module, file: Path) -> None:
     import torch
     from safetensors.torch import load_file
 
-    parameters = dict(model.named_parameters())
+    # The state's tensors are the model's own memory, whatever way a module came by them.
+    tensors = model.state_dict()
     with torch.no_grad():
         for name, value in load_file(file).items():
-            if name not in parameters:
-                raise ModelError(f"{file}: '{name}' is no parameter of this {type(model).__name__}{nearest(name, parameters)}")
-            if parameters[name].shape != value.shape:
-                raise ModelError(f"{file}: '{name}' has shape {tuple(value.shape)}, the model's {tuple(parameters[name].shape)}")
-            parameters[name].copy_(value)
+            if name not in tensors:
+                raise ModelError(f"{file}: '{name}' is no tensor of this {type(model).__name__}{nearest(name, tensors)}")
+            if tensors[name].shape != value.shape:
+                raise ModelError(f"{file}: '{name}' has shape {tuple(value.shape)}, the model's {tuple(tensors[name].shape)}")
+            tensors[name].copy_(value)

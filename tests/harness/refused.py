@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
+from itertools import product
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from progscale.config import Config, Engine
 from progscale.errors import ModelError
 from progscale.methods import METHODS
 from tests.harness.cases import deepspeed_of
-from tests.tiny import method_for, tiny_model
+from tests.tiny import FAMILY_NAMES, method_for, tiny_model
 
 
 @cache
@@ -42,3 +43,8 @@ def is_allowed(case: Mapping[str, Any]) -> bool:
         return True
     refused = "engine" in case and by_engine(method, case["engine"]) is not None
     return not refused and not ("family" in case and by_family(method, case["family"]) is not None)
+
+
+def accepted(methods: Iterable[str]) -> list[tuple[str, str]]:
+    """(method, family) that go together."""
+    return [(name, family) for name, family in product(methods, FAMILY_NAMES) if by_family(name, family) is None]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from progscale.tasks.demo import demo_sentences, demo_tokenizer
 from tests.harness.pickles import pickled
 from tests.harness.programs import Answer, in_process, settings
+from tests.harness.tables import OWN_TABLE, write_table
 from tests.harness.worker import TwoRanks
 from tests.tiny import tiny_model
 
@@ -105,26 +104,8 @@ def test_ranks_with_different_configs(two_ranks: TwoRanks) -> None:
 @pytest.fixture
 def own(tmp_path: Path) -> dict[str, Any]:
     """Settings of a run on a user's own table and model folder, both right."""
-    tiny_model("bert", blocks=3).save_pretrained(tmp_path / "model")
-    demo_tokenizer().save_pretrained(tmp_path / "model")
-    import numpy as np
-
-    texts, labels = demo_sentences(80, np.random.default_rng(0))
-    for name, part in (("train", slice(0, 64)), ("dev", slice(64, 80))):
-        rows = [json.dumps({"text": text, "verdict": int(label)}) for text, label in zip(texts[part], labels[part], strict=True)]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
-    return {
-        "task__max_train_examples": ...,
-        "task__max_eval_examples": ...,
-        "schedule__stages": 2,
-        "model__name": "model",
-        "task__name": "table",
-        "task__train_file": "train.jsonl",
-        "task__validation_file": "dev.jsonl",
-        "task__text_columns": ["text"],
-        "task__label_column": "verdict",
-        "train__max_length": 64,
-    }
+    write_table(tmp_path, tiny_model("bert", blocks=3))
+    return OWN_TABLE
 
 
 def dry(own: dict[str, Any], *flags: str, **change: Any) -> Answer:

@@ -6,12 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from transformers import AutoConfig, AutoModelForSequenceClassification, BigBirdModel
 
-from progscale.tasks.demo import demo_sentences, demo_tokenizer
 from tests.harness.programs import Answer, in_process, settings
+from tests.harness.tables import OWN_TABLE, write_table
 from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
@@ -21,17 +20,9 @@ SPARSE = {"attention_type": "block_sparse", "block_size": 2, "num_random_blocks"
 
 @pytest.fixture
 def table(tmp_path: Path) -> dict[str, Any]:
-    """Settings of a run of four steps on a table; the model is in the folder "model"."""
-    demo_tokenizer().save_pretrained(tmp_path / "model")
-    texts, labels = demo_sentences(80, np.random.default_rng(0))
-    for name, part in (("train", slice(0, 64)), ("dev", slice(64, 80))):
-        rows = [json.dumps({"text": text, "verdict": int(label)}) for text, label in zip(texts[part], labels[part], strict=True)]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
-    return {
-        **{"task__max_train_examples": ..., "task__max_eval_examples": ..., "schedule__stages": 2, "train__max_length": 32},
-        **{"model__name": "model", "task__name": "table", "task__train_file": "train.jsonl", "task__text_columns": ["text"]},
-        **{"task__validation_file": "dev.jsonl", "task__label_column": "verdict", "train__global_batch_size": 16},
-    }
+    """Settings of a run of four steps on a table; the model is to be put into the folder "model"."""
+    write_table(tmp_path)
+    return {**OWN_TABLE, "train__max_length": 32, "train__global_batch_size": 16}
 
 
 def train(table: dict[str, Any], *flags: str, **change: Any) -> Answer:

@@ -47,6 +47,17 @@ def train(folder: Path, *more: str, **changes: Any) -> Answer:
     return in_process("train", *settings(run__output_dir=str(folder), **{**COMMON, **changes}), *more)
 
 
+def summaries(folder: Path) -> dict[str, Any]:
+    """Settings of a run on texts and their first words, which it writes."""
+    sources = sentences(25)
+    data = write_jsonl(folder / "data.jsonl", article=sources, summary=[" ".join(text.split()[:3]) for text in sources])
+    return {
+        **{"task__name": "summarization", "task__train_file": str(data), "task__validation_fraction": 0.2, "train__epochs": 1},
+        **{"task__source_column": "article", "task__target_column": "summary"},
+        **{"task__max_target_length": 6, "task__max_new_tokens": 5},
+    }
+
+
 def own_loss(model: Any, tokenizer: Any, texts: list[str]) -> float:
     """What transformers' own loss says of texts: joined, cut into blocks, the mean over all tokens but each block's first."""
     stream = [token for text in texts for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
@@ -119,14 +130,7 @@ def test_methods_on_a_decoder(tmp_path: Path, family: str, method: str) -> None:
 def test_methods_on_an_encoder_decoder(tmp_path: Path, method: str) -> None:
     """Both stacks have what the method adds, and the model writes through it."""
     model = model_folder(tmp_path / "t5", "t5", "seq2seq_lm")
-    sources = sentences(25)
-    data = write_jsonl(tmp_path / "data.jsonl", article=sources, summary=[" ".join(text.split()[:3]) for text in sources])
-    run = {
-        **{"task__name": "summarization", "task__train_file": str(data), "model__name": str(model), "train__epochs": 1},
-        **{"task__source_column": "article", "task__target_column": "summary", "task__validation_fraction": 0.2},
-        **{"task__max_target_length": 6, "task__max_new_tokens": 5},
-    }
-    answer = train(tmp_path, "--set", f"method.name={method}", **run)
+    answer = train(tmp_path, "--set", f"method.name={method}", **summaries(tmp_path), model__name=str(model))
     assert answer.code == 0, answer.err
     summary = summary_of(tmp_path / "a")
     assert {"rouge1", "loss", "perplexity"} <= summary["metrics"].keys()
@@ -144,13 +148,7 @@ def test_methods_on_an_encoder_decoder(tmp_path: Path, method: str) -> None:
 @pytest.mark.parametrize("beams", [1, 3])
 def test_an_encoder_decoder_on_pairs_stopped_and_resumed(told: type[Told], tmp_path: Path, beams: int) -> None:
     model = model_folder(tmp_path / "t5", "t5", "seq2seq_lm", tie_word_embeddings=False)
-    sources = sentences(25)
-    data = write_jsonl(tmp_path / "data.jsonl", article=sources, summary=[" ".join(text.split()[:3]) for text in sources])
-    run = {
-        **{"task__name": "summarization", "task__train_file": str(data), "model__name": str(model), "train__epochs": 1},
-        **{"task__source_column": "article", "task__target_column": "summary", "task__source_prefix": "summarize : "},
-        **{"task__max_target_length": 6, "task__max_new_tokens": 5, "task__num_beams": beams, "task__validation_fraction": 0.2},
-    }
+    run = {**summaries(tmp_path), "model__name": str(model), "task__source_prefix": "summarize : ", "task__num_beams": beams}
     whole = train(tmp_path / "whole", **run)
     assert whole.code == 0, whole.err
     summary = summary_of(tmp_path / "whole" / "a")

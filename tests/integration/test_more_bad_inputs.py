@@ -12,17 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from transformers import AutoConfig
 
 from progscale.config import load_config, micro_batch_size
 from progscale.errors import ConfigError
 from progscale.setup import check_same_on_all_ranks
-from progscale.tasks.demo import demo_sentences, demo_tokenizer
 from progscale.tasks.files import Table
 from progscale.trackers import RunFolder
 from tests.harness.programs import REPOSITORY, Answer, in_process, settings
+from tests.harness.tables import OWN_TABLE, write_table
 from tests.tiny import tiny_model
 
 SHORT = {"train__max_steps": 1, "schedule__stages": 1, "task__max_eval_examples": 8, "train__save_model": "none"}
@@ -149,12 +148,7 @@ def test_a_folder_with_somebody_elses_config(tmp_path: Path, content: str) -> No
 def right(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, its tokenizer and a table."""
     folder = tmp_path_factory.mktemp("right")
-    tiny_model("bert", blocks=3).save_pretrained(folder / "model")
-    demo_tokenizer().save_pretrained(folder / "model")
-    texts, labels = demo_sentences(80, np.random.default_rng(0))
-    rows = [json.dumps({"text": text, "verdict": int(label)}) for text, label in zip(texts, labels, strict=True)]
-    (folder / "train.jsonl").write_text("\n".join(rows[:64]))
-    (folder / "dev.jsonl").write_text("\n".join(rows[64:]))
+    write_table(folder, tiny_model("bert", blocks=3))
     return folder
 
 
@@ -162,11 +156,7 @@ def right(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own(right: Path, tmp_path: Path) -> dict[str, Any]:
     """Settings of a run on a copy of that folder; the test's folder is the working one."""
     shutil.copytree(right, tmp_path, dirs_exist_ok=True)
-    return {
-        **{"task__max_train_examples": ..., "task__max_eval_examples": ..., "schedule__stages": 2, "train__max_length": 64},
-        **{"model__name": "model", "task__name": "table", "task__train_file": "train.jsonl", "task__text_columns": ["text"]},
-        **{"task__validation_file": "dev.jsonl", "task__label_column": "verdict"},
-    }
+    return OWN_TABLE
 
 
 def dry(own: dict[str, Any], *flags: str, **change: Any) -> Answer:

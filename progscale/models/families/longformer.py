@@ -8,7 +8,6 @@ from typing import Any
 
 from progscale.config import Train
 from progscale.errors import ModelError
-from progscale.models.families.roberta import max_tokens
 from progscale.models.family import Family, ModelRequest, register_family
 
 
@@ -36,7 +35,6 @@ register_family(
         embeddings=("embeddings",),
         stacks={"blocks": "encoder.layer"},
         head=("pooler?",),
-        max_tokens=max_tokens,
         check=check,
         refuses={"qlora": "it scales the queries in place, which the products with quantised weights do not allow; take lora"},
         projections=("attention.self.query", "attention.self.value"),

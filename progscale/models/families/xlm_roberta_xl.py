@@ -1,6 +1,5 @@
 """XLM-R XL and XXL: layer norm before each sublayer, so a final norm follows the last block and belongs to the head."""
 
-from progscale.models.families.roberta import max_tokens
 from progscale.models.family import Family, register_family
 
 register_family(
@@ -11,7 +10,6 @@ register_family(
         embeddings=("embeddings",),
         stacks={"blocks": "encoder.layer"},
         head=("encoder.LayerNorm", "pooler?"),
-        max_tokens=max_tokens,
         projections=("attention.self.query", "attention.self.value"),
         sublayers={"blocks": ("attention.output.dropout", "output.dense")},
     )

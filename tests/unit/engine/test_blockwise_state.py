@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from progscale.engine.filling import Filling, dequantize
 from progscale.engine.moving import redistribute
 from progscale.engine.state import MASTER, Piece, Scales, Shard, Slice, deal, slices_of
 from progscale.optimizers import BLOCK, OPTIMIZERS, AdamW, Optimizer, Request
+from tests.harness.layouts import layouts
 
 CPU = torch.device("cpu")
 # Parameters that begin in the middle of blocks.
@@ -115,20 +115,8 @@ def test_the_next_step_is_the_same_to_the_bit() -> None:
     assert all(torch.equal(state[key], other[key]) for key in ("absmax1", "absmax2"))
 
 
-@st.composite
-def layouts(draw: Any) -> list[list[tuple[str, int, int]]]:
-    """All elements of all parameters, cut and dealt into shards at random."""
-    pieces = []
-    for name, size in SIZES.items():
-        cuts = sorted({0, size, *draw(st.lists(st.integers(0, size), max_size=3))})
-        pieces += [(name, start, end) for start, end in pairwise(cuts)]
-    pieces = draw(st.permutations(pieces))
-    count = draw(st.integers(1, 3))
-    return [pieces[index::count] for index in range(count) if pieces[index::count]]
-
-
 @settings(max_examples=60, deadline=None)
-@given(layouts(), layouts(), st.integers(0, 3), st.integers(0, 3))
+@given(layouts(SIZES), layouts(SIZES), st.integers(0, 3), st.integers(0, 3))
 def test_any_layout_into_any_other(
     old: list[list[tuple[str, int, int]]], new: list[list[tuple[str, int, int]]], gap: int, other_gap: int
 ) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
@@ -23,6 +21,7 @@ from progscale.engine.state import (
     move_shard,
     slices_of,
 )
+from tests.harness.layouts import layouts
 
 SIZES = {"a": 7, "b": 12, "c": 1, "d": 30}
 CPU = torch.device("cpu")
@@ -132,18 +131,7 @@ def test_two_counts_of_steps_in_one_shard_are_refused() -> None:
         filling.write(Slice("b", 0, 12, {MASTER: torch.zeros(12)}, {"step": 2.0}))
 
 
-@st.composite
-def layouts(draw: Any) -> list[list[tuple[str, int, int]]]:
-    """All elements of all parameters, cut and dealt into shards at random."""
-    pieces = []
-    for name, size in SIZES.items():
-        cuts = sorted({0, size, *draw(st.lists(st.integers(0, size), max_size=3))})
-        pieces += [(name, start, end) for start, end in pairwise(cuts)]
-    pieces = draw(st.permutations(pieces))
-    return [pieces[index::3] for index in range(3) if pieces[index::3]]
-
-
-@given(layouts(), layouts(), st.integers(0, 3), st.integers(0, 3))
+@given(layouts(SIZES), layouts(SIZES), st.integers(0, 3), st.integers(0, 3))
 def test_any_layout_into_any_other(
     old: list[list[tuple[str, int, int]]], new: list[list[tuple[str, int, int]]], gap: int, other_gap: int
 ) -> None:

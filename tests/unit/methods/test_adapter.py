@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -106,6 +107,18 @@ def test_a_model_of_ones_own() -> None:
     method = own_method("lora", targets="all-linear", rank=2)
     parts = partition(method.prepare(NoBias()), OWN)
     assert parts.count(method.tensors(parts)) == 3 * 2 * 2 * 4 + 4 * 2 + 2
+
+
+def test_buffers_are_restored_too(tmp_path: Path) -> None:
+    """Statistics that a model of one's own gathers in training are part of what was trained."""
+    method, models = own_method("adapter", sublayers=["mix"]), [NoBias(), NoBias()]
+    for number, model in enumerate(models):
+        model.register_buffer("mean", torch.full((4,), float(number)))
+    trained = method.prepare(models[1])
+    names = {*method.exported(partition(trained, OWN)), "mean"}
+    method.save(trained, {name: value for name, value in trained.state_dict().items() if name in names}, tmp_path)
+    restored = method.restore(models[0], tmp_path)
+    assert all(torch.equal(restored.state_dict()[name], trained.state_dict()[name]) for name in names)
 
 
 def test_a_head_whose_name_peft_would_find_elsewhere() -> None:
