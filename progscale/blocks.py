@@ -23,6 +23,9 @@ _Rule = tuple[Part, str, re.Pattern[str]]
 # PEFT keeps the model it wraps under this path.
 _WRAPPERS = ("", "base_model.model.")
 
+# Attribute by which a parameter without weights says that it will be quantised.
+FOUR_BIT = "progscale_four_bit"
+
 
 @dataclass(frozen=True)
 class ParameterInfo:
@@ -36,6 +39,7 @@ class ParameterInfo:
         block: 0-based index in the stack, else None.
         tied: further names of the same tensor.
         unused: no loss depends on it, so that it has no gradient and is never trained.
+        four_bit: of a model without weights: it will be quantised to four bits an element.
     """
 
     name: str
@@ -45,6 +49,7 @@ class ParameterInfo:
     block: int | None = None
     tied: tuple[str, ...] = ()
     unused: bool = False
+    four_bit: bool = False
 
     @property
     def numel(self) -> int:
@@ -142,8 +147,8 @@ def partition(model: torch.nn.Module, family: Family) -> Partition:
         places = [_place(name, root, rules, stacks, family, used) for name in (first, *tied)]
         place = _one_place((first, *tied), places, family)
         unused = first.startswith(root) and any(regex.match(first[len(root) :]) for _, _, regex in idle)
-        shape = true_shape(tensors[key])
-        parameters[first] = ParameterInfo(first, shape, place.part, place.stack, place.block, tuple(tied), unused)
+        shape, four_bit = true_shape(tensors[key]), getattr(tensors[key], FOUR_BIT, False)
+        parameters[first] = ParameterInfo(first, shape, place.part, place.stack, place.block, tuple(tied), unused, four_bit)
     for part, pattern, _ in rules:
         if pattern not in used and not pattern.endswith("?"):
             raise ModelError(

@@ -52,6 +52,20 @@ class Gpu(NamedTuple):
     minor: int
 
 
+class Elements(NamedTuple):
+    """Elements of a model.
+
+    Attributes:
+        total: of all its parameters.
+        live: the most that a stage trains.
+        four_bit: quantised to four bits; their scales, 3 % of that and more, are not counted.
+    """
+
+    total: int = 0
+    live: int = 0
+    four_bit: int = 0
+
+
 def examine(config: Config, *, trust_remote_code: bool = False) -> list[Check]:
     """All checks of this machine for a config, in order. Reads the data, as a dry run does."""
     try:
@@ -81,10 +95,10 @@ def examine(config: Config, *, trust_remote_code: bool = False) -> list[Check]:
     checks += gpu_checks(config, gpus, torch.version.cuda, os.path.exists("/proc/driver/nvidia/version"))
     check, ranks = ranks_of(os.environ, len(gpus), config.engine.name)
     checks += [check, *run_checks(config, ranks, on_gpu=bool(gpus))]
-    check, total, live = model_check(config, Permissions(trust_remote_code=trust_remote_code))
-    checks += [check, *(memory_checks(config, total, live, ranks, gpus, memory[1]) if total else [])]
+    check, elements = model_check(config, Permissions(trust_remote_code=trust_remote_code))
+    checks += [check, *(memory_checks(config, elements, ranks, gpus, memory[1]) if elements.total else [])]
     folder, limit = existing(config.run.output_dir), resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    checks += disk_checks(config, total, live, folder, disk_bytes(folder)[1], read("/proc/mounts"), limit)
+    checks += disk_checks(config, elements, folder, disk_bytes(folder)[1], read("/proc/mounts"), limit)
     checks += [*network_checks(os.environ, ranks), signal_check(os.environ, ranks)]
     for what, where in (("PROGSCALE_CACHE", cache_dir()), ("HF_HOME", HF_HOME)):
         # Without it a run warns and goes on.
@@ -233,8 +247,8 @@ def run_checks(config: Config, ranks: Ranks, *, on_gpu: bool) -> list[Check]:
     return checks
 
 
-def model_check(config: Config, permissions: Any) -> tuple[Check, int, int]:
-    """Model, task and tokenizer as a run finds them, without weights; elements in all, and the most that a stage trains."""
+def model_check(config: Config, permissions: Any) -> tuple[Check, Elements]:
+    """Model, task and tokenizer as a run finds them, without weights."""
     import torch
 
     from progscale.blocks import partition
@@ -242,7 +256,7 @@ def model_check(config: Config, permissions: Any) -> tuple[Check, int, int]:
     from progscale.methods import live_parameters
     from progscale.setup import method_of, stages_of
 
-    counts = [0]
+    found = [Elements()]
 
     def look() -> str:
         inputs = find_inputs(config, permissions)
@@ -251,29 +265,39 @@ def model_check(config: Config, permissions: Any) -> tuple[Check, int, int]:
             parts = partition(method.prepare(inputs.skeleton), inputs.family)
         # Which blocks are live does not depend on the steps, whose number only the tokenised data tells.
         stages = stages_of(config, inputs.family, parts, max(1000 * config.stages, (config.schedule.starts or [0])[-1] + 1))
-        counts[:] = [parts.numel(), *(parts.count(live_parameters(stage, parts, method)) for stage in stages)]
+        counts = [parts.count(live_parameters(stage, parts, method)) for stage in stages]
+        four_bit = parts.count(info.name for info in parts.parameters.values() if info.four_bit)
+        found[0] = Elements(parts.numel(), max(counts), four_bit)
         model = "demo encoder" if config.model.name is None else inputs.request.name
-        live = ", ".join(f"{count / 1e6:.2f}" for count in counts[1:9]) + (" …" if counts[9:] else "")
-        return f"{model} on {config.task.name}: {counts[0] / 1e6:.2f} M parameters, live by stage {live} M"
+        live = ", ".join(f"{count / 1e6:.2f}" for count in counts[:8]) + (" …" if counts[8:] else "")
+        return f"{model} on {config.task.name}: {found[0].total / 1e6:.2f} M parameters, live by stage {live} M"
 
-    return told("model: inputs", "{}", look), counts[0], max(counts[1:], default=0)
+    return told("model: inputs", "{}", look), found[0]
 
 
-def state_of(config: Config, total: int, live: int, world_size: int) -> tuple[int, int]:
+def state_of(config: Config, elements: Elements, world_size: int) -> tuple[int, int]:
     """Bytes of weights, gradients and the optimizer's state on one rank: where it computes, and in CPU memory by offload.
 
-    With AdamW a live parameter costs 4 + 4 + 8 bytes, a frozen one 4. Under DeepSpeed `bf16_params` and `fp16` cost 2 + 2 + 12
-    (with fp32 accumulation 2 + 4 + 12; a frozen one 2), and fp32 weights are kept twice (4 + 4 + 12), but under ZeRO-3 only
-    with offload. ZeRO 1 divides the last number by the ranks, 2 the gradients too, 3 the weights too. Other optimizers keep
-    fewer bytes than 8.
+    With AdamW a live parameter costs 4 + 4 + 8 bytes, a frozen one 4, a quantised one half a byte. Under DeepSpeed `bf16_params`
+    and `fp16` cost 2 + 2 + 12 (with fp32 accumulation 2 + 4 + 12; a frozen one 2), and fp32 weights are kept twice (4 + 4 + 12),
+    but under ZeRO-3 only with offload. ZeRO 1 divides the last number by the ranks, 2 the gradients too, 3 the weights too.
+    Other optimizers keep fewer bytes than 8.
     """
     from progscale.plan import state_bytes
 
     stage, offloaded, half = zero(config)
     precision: Literal["bf16", "fp32"] = "bf16" if half else "fp32"
     moments = moment_bytes(config)
-    state = state_bytes(total, live, precision=precision, zero_stage=stage, world_size=world_size, moment_bytes=moments)
-    masters = 4 * -(-live // world_size) if stage and not half and (stage < 3 or offloaded) else 0
+    state = state_bytes(
+        elements.total,
+        elements.live,
+        precision=precision,
+        zero_stage=stage,
+        world_size=world_size,
+        moment_bytes=moments,
+        four_bit=elements.four_bit,
+    )
+    masters = 4 * -(-elements.live // world_size) if stage and not half and (stage < 3 or offloaded) else 0
     types = (config.engine.deepspeed or {}).get("data_types") or {}
     gradients = state.gradients * (2 if half and str(types.get("grad_accum_dtype")) in ("fp32", "float32") else 1)
     optimizer = gradients + state.optimizer + masters
@@ -288,9 +312,9 @@ def moment_bytes(config: Config) -> float:
     return optimizer_of(config).state_bytes_per_element
 
 
-def memory_checks(config: Config, total: int, live: int, ranks: Ranks, gpus: Sequence[Gpu], available: int) -> list[Check]:
+def memory_checks(config: Config, elements: Elements, ranks: Ranks, gpus: Sequence[Gpu], available: int) -> list[Check]:
     """What `state_of` needs, against the GPU with least free memory, and for all local ranks the CPU's `available` bytes."""
-    device, host = state_of(config, total, live, ranks.world_size)
+    device, host = state_of(config, elements, ranks.world_size)
     rows = [("a GPU", device, min(gpu.free for gpu in gpus))] if gpus else []
     rows += [("the CPU", ranks.local * (host if gpus else device + host), available)] if available and (host or not gpus) else []
     checks = []
@@ -302,11 +326,11 @@ def memory_checks(config: Config, total: int, live: int, ranks: Ranks, gpus: Seq
     return checks
 
 
-def disk_checks(config: Config, total: int, live: int, folder: Path, free: int, mounts: str, file_limit: int) -> list[Check]:
+def disk_checks(config: Config, elements: Elements, folder: Path, free: int, mounts: str, file_limit: int) -> list[Check]:
     """Where the runs' folder is or will be: can it be written, its file system, room for checkpoints, the limit of one file.
 
-    `total` elements (0: not known), of which a stage trains `live` at most; `free` bytes in the existing `folder`; the content
-    of /proc/mounts; RLIMIT_FSIZE in bytes, negative for none.
+    `elements` of the model (none: not known); `free` bytes in the existing `folder`; the content of /proc/mounts; RLIMIT_FSIZE in
+    bytes, negative for none.
     """
     keep, shard = config.checkpoint.keep, config.checkpoint.shard_megabytes * 2**20
     checks = [writable("checkpoints: folder", folder, "choose another with --set run.output_dir=…")]
@@ -316,9 +340,10 @@ def disk_checks(config: Config, total: int, live: int, folder: Path, free: int, 
     kind = max(fits)[2] if fits else "not known"
     why = FILE_SYSTEMS.get(kind, "")
     checks.append(Check("checkpoints: file system", "note" if why else "ok", kind, why))
-    if total:
+    if elements.total:
         # fp32 weights and the moments of what is live; the new one is written before the oldest goes.
-        one = math.ceil((4 + moment_bytes(config)) * live) + (2 if zero(config)[2] else 4) * (total - live)
+        frozen = (2 if zero(config)[2] else 4) * (elements.total - elements.live - elements.four_bit) + elements.four_bit // 2
+        one = math.ceil((4 + moment_bytes(config)) * elements.live) + frozen
         need, shard = (keep + 1) * one, min(shard, one)
         found = f"{size(one)} each, {keep} kept while one is written: {size(need)} of {size(free)} free"
         remedy = "" if need <= free else "make room, --set run.output_dir=…, or a smaller checkpoint.keep"

@@ -393,6 +393,7 @@ def state_bytes(
     world_size: int = 1,
     autocast: bool = False,
     moment_bytes: float = 8,
+    four_bit: int = 0,
 ) -> StateBytes:
     """Bytes on one rank for weights, gradients and the state of the optimizer.
 
@@ -407,6 +408,7 @@ def state_bytes(
         world_size: ranks.
         autocast: weights stay in float32 and only the computation is in `precision`.
         moment_bytes: of the optimizer's moments for one element (`Optimizer.state_bytes_per_element`).
+        four_bit: elements of the model that are quantised to four bits; ZeRO does not split them.
 
     Raises:
         ValueError: a ZeRO stage or world size that does not exist.
@@ -422,7 +424,7 @@ def state_bytes(
         return -(-size // world_size) if zero_stage >= from_stage else size
 
     return StateBytes(
-        weights=width * split(total_parameters, 3),
+        weights=width * split(total_parameters - four_bit, 3) + -(-four_bit // 2),
         gradients=width * split(trainable_parameters, 2),
         optimizer=math.ceil(optimizer_width * split(trainable_parameters, 1)),
     )

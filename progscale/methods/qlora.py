@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from progscale.blocks import block_modules
+from progscale.blocks import FOUR_BIT, block_modules
 from progscale.config import Config
 from progscale.errors import Fault, ModelError
 from progscale.methods.base import register
@@ -71,6 +71,9 @@ class QLora(LowRank):
         paths = self._paths(model)
         if not next(model.parameters()).is_meta:
             self._quantise(model, paths)
+        else:
+            for path in paths:
+                setattr(model.get_submodule(path).weight, FOUR_BIT, True)
         return super().prepare(model)
 
     def _quantise(self, model: torch.nn.Module, paths: list[str]) -> None:

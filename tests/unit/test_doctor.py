@@ -19,7 +19,7 @@ from rich.console import Console
 
 from progscale import doctor
 from progscale.config import Checkpoint, Config, Engine, Run, Task, Train, load_config
-from progscale.doctor import Check, Gpu, Ranks
+from progscale.doctor import Check, Elements, Gpu, Ranks
 from progscale.errors import ConfigError
 from progscale.inputs import NO_PERMISSIONS
 from progscale.plan import plan_for
@@ -130,7 +130,7 @@ def test_memory_is_what_the_cgroups_leave(tmp_path: Path, own: str, files: dict[
 
 def test_a_system_that_tells_nothing_of_its_memory(tmp_path: Path) -> None:
     assert doctor.memory_of("", tmp_path, "") == (0, 0)
-    assert doctor.memory_checks(Config(), 10**9, 10**9, Ranks(), [], available=0) == []
+    assert doctor.memory_checks(Config(), Elements(10**9, 10**9), Ranks(), [], available=0) == []
 
 
 @pytest.mark.parametrize(("shared", "workers", "status"), [(GIB - 1, 1, "note"), (GIB, 1, "ok"), (2**26, 0, "ok")])
@@ -234,7 +234,7 @@ def test_the_release_of_deepspeed_and_its_compiler(
 @pytest.mark.parametrize("options", [{}, {"schedule": "growing"}, {"embeddings": "never"}, {"stages": 2}])
 def test_the_model_is_counted_as_the_plan_counts_it(options: dict[str, Any]) -> None:
     settings = [f"schedule.{'name' if key == 'schedule' else key}={json.dumps(value)}" for key, value in options.items()]
-    check, total, live = doctor.model_check(load_config([], settings), NO_PERMISSIONS)
+    check, (total, live, _) = doctor.model_check(load_config([], settings), NO_PERMISSIONS)
     plan = plan_for("bert-base-uncased", overrides=DEMO_MODEL, **options)
     by_stage = [stage.trainable_parameters for stage in plan.stages]
     assert (total, live) == (plan.total_parameters, max(by_stage))
@@ -242,18 +242,28 @@ def test_the_model_is_counted_as_the_plan_counts_it(options: dict[str, Any]) -> 
     assert check.found == f"demo encoder on demo: {total / 1e6:.2f} M parameters, live by stage {shown} M"
 
 
+def test_quantised_weights_are_half_a_byte(tmp_path: Path) -> None:
+    _, elements = doctor.model_check(load_config([], ["method.name=qlora"]), NO_PERMISSIONS)
+    blocks, width, inner = DEMO_MODEL["num_hidden_layers"], DEMO_MODEL["hidden_size"], DEMO_MODEL["intermediate_size"]
+    assert elements.four_bit == blocks * (4 * width**2 + 2 * width * inner)
+    assert doctor.state_of(zero(2), Elements(1000, 0, 900), 1) == (100 * 4 + 450, 0)
+    config, need = Config(checkpoint=Checkpoint(keep=2)), 3 * (100 * 4 + 450) * 1000
+    assert disk(tmp_path, config, live=0, four_bit=900_000, free=need)["room"].status == "ok"
+    assert disk(tmp_path, config, live=0, four_bit=900_000, free=need - 1)["room"].status == "problem"
+
+
 def test_stages_that_begin_late_or_are_many() -> None:
     late = doctor.model_check(load_config([], ["schedule.starts=[0, 9000, 18000]"]), NO_PERMISSIONS)
     assert late == doctor.model_check(load_config([], []), NO_PERMISSIONS)
-    check, _, _ = doctor.model_check(load_config([], ["schedule.name=none", "schedule.stages=9"]), NO_PERMISSIONS)
+    check, _ = doctor.model_check(load_config([], ["schedule.name=none", "schedule.stages=9"]), NO_PERMISSIONS)
     assert check.found.count("0.47") == 1 + 8 and check.found.endswith(" … M")
 
 
 def test_data_that_is_not_there_is_a_problem(tmp_path: Path) -> None:
     task = Task(name="mrpc", path=str(tmp_path / "nowhere"))
     config = load_config([], [f"task.name={task.name}", f'task.path="{task.path}"', "model.name=bert-base-uncased"])
-    check, total, live = doctor.model_check(config, NO_PERMISSIONS)
-    assert (check.status, total, live) == ("problem", 0, 0)
+    check, elements = doctor.model_check(config, NO_PERMISSIONS)
+    assert (check.status, elements) == ("problem", Elements())
     assert "nowhere" in check.found and check.remedy
 
 
@@ -281,7 +291,7 @@ def test_data_that_is_not_there_is_a_problem(tmp_path: Path) -> None:
 )
 def test_bytes_of_a_rank(config: Config, world_size: int, device: int, host: int) -> None:
     """1000 parameters, of which 800 are trained."""
-    assert doctor.state_of(config, 1000, 800, world_size) == (device, host)
+    assert doctor.state_of(config, Elements(1000, 800), world_size) == (device, host)
 
 
 def test_memory_that_is_short() -> None:
@@ -289,7 +299,7 @@ def test_memory_that_is_short() -> None:
     need = 16 * million
 
     def of(config: Config, ranks: Ranks, gpus: list[Gpu], available: int) -> dict[str, str]:
-        checks = doctor.memory_checks(config, million, million, ranks, gpus, available)
+        checks = doctor.memory_checks(config, Elements(million, million), ranks, gpus, available)
         assert all(bool(check.remedy) == (check.status == "problem") for check in checks)
         assert all("activations are not counted" in check.found for check in checks)
         return {name: check.status for name, check in named([c._replace(name=": " + c.name) for c in checks]).items()}
@@ -306,10 +316,10 @@ def test_memory_that_is_short() -> None:
 
 
 def disk(
-    folder: Path, config: Config | None = None, *, total: int = 10**6, live: int = 10**6, **changes: Any
+    folder: Path, config: Config | None = None, *, total: int = 10**6, live: int = 10**6, four_bit: int = 0, **changes: Any
 ) -> dict[str, Check]:
     given = {"free": 10**12, "mounts": MOUNTS, "file_limit": -1, **changes}
-    return named(doctor.disk_checks(config or Config(), total, live, folder, **given))
+    return named(doctor.disk_checks(config or Config(), Elements(total, live, four_bit), folder, **given))
 
 
 def test_room_for_one_more_checkpoint_than_is_kept(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from progscale.config import Config, load_config
-from progscale.doctor import state_of
+from progscale.doctor import Elements, state_of
 from progscale.errors import ConfigError, Fault, UserError
 from progscale.names import name_faults
 from progscale.optim import GroupSpec
@@ -80,7 +80,7 @@ def test_bytes_of_an_element() -> None:
 @pytest.mark.parametrize(("name", "bytes_each"), [("adamw", 16), ("adamw_8bit", 10.03125), ("lion", 12), ("lion_8bit", 9.015625)])
 def test_the_doctor_counts_it(name: str, bytes_each: float) -> None:
     config = load_config([], [f"optimizer.name={name}"])
-    assert state_of(config, 64_000, 64_000, 1) == (64_000 * bytes_each, 0)
+    assert state_of(config, Elements(64_000, 64_000), 1) == (64_000 * bytes_each, 0)
 
 
 def test_settings_reach_the_optimizer() -> None:
