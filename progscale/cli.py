@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import logging
 import os
 import sys
 import traceback
@@ -355,6 +356,11 @@ def show(content: Any, render: Any, form: str) -> int:
     return 0
 
 
+def is_error(record: logging.LogRecord) -> bool:
+    """A filter of loggers."""
+    return record.levelno >= logging.ERROR
+
+
 def quiet_libraries() -> None:
     """Keeps notices of libraries that are no news to the user out of the output; warnings of ours stay."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -362,8 +368,6 @@ def quiet_libraries() -> None:
     # One bar of ours shows the run; a bar for each rank and file would break into it.
     shows_bars = os.environ.get("RANK", "0") == "0" and sys.stderr.isatty()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if shows_bars else "1")
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
-    import logging
     import warnings
 
     logging.basicConfig(level=logging.WARNING, format="progscale: %(message)s")
@@ -371,8 +375,9 @@ def quiet_libraries() -> None:
     first, first_here = os.environ.get("RANK", "0") == "0", os.environ.get("LOCAL_RANK", "0") == "0"
     logging.getLogger("progscale").setLevel(logging.INFO if first else logging.WARNING if first_here else logging.ERROR)
     logging.getLogger("progscale.progress").setLevel(logging.INFO)
-    for name in ("DeepSpeed", "accelerate", "bitsandbytes", "peft", "transformers", "torch.distributed"):
+    for name in ("accelerate", "bitsandbytes", "peft", "transformers", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").addFilter(is_error)  # it sets its level itself when it is imported
     warnings.filterwarnings("ignore", module=r"(torch|deepspeed|accelerate|transformers)\.")
 
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from progscale.cli import build_parser, main, run_train
+from progscale.cli import build_parser, main, quiet_libraries, run_train
 from progscale.config import Config, load_config
 from progscale.schedule import SCHEDULES
 from progscale.session import Session
@@ -278,3 +278,18 @@ def test_a_run_that_crashes_lets_go_of_stderr_and_waits_for_nobody(monkeypatch: 
     with pytest.raises(RuntimeError, match="out of memory"):
         run_train(build_parser().parse_args(["train"]))
     assert done == (["console", "session"] if world_size == 1 else ["console"])
+
+
+def test_deepspeeds_notices_are_no_news(capfd: pytest.CaptureFixture[str]) -> None:
+    """It sets its own level when it is imported, which a method's library may do late."""
+    from deepspeed.utils.logging import LoggerFactory
+
+    quiet_libraries()
+    logger = LoggerFactory.create_logger("DeepSpeed")
+    try:
+        logger.warning("no news")
+        logger.error("news")
+    finally:
+        logger.removeHandler(logger.handlers[-1])
+    told = capfd.readouterr()
+    assert "no news" not in told.out + told.err and "news" in told.out
