@@ -1,4 +1,5 @@
 # make demo: sets everything up and runs the main job; make test: sets everything up and passes the tests.
+# make test-product PART=3/12: the third of twelve parts of the longest list.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +14,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -m "not real_data and not product and not slow"
 
 test-product: $(READY)
-	$(BIN)/python -m pytest -m product
+	PROGSCALE_PART=$(PART) $(BIN)/python -m pytest -m product
 
 test-reliability: $(READY)
 	$(BIN)/python -m pytest -m slow

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -14,7 +16,7 @@ from transformers import PreTrainedConfig
 from progscale.methods import METHODS
 from progscale.schedule import SCHEDULES
 from tests.harness.cases import ENGINES, VARIANTS, Outcome, global_batch, run
-from tests.harness.pairs import all_pairs, full_product
+from tests.harness.pairs import all_pairs, full_product, part_of
 from tests.harness.refused import is_allowed
 from tests.harness.worker import TwoRanks
 from tests.tiny import FAMILY_NAMES, tiny_model
@@ -29,6 +31,8 @@ FACTORS = {
     "method": METHODS.names(),
 }
 PAIRS = all_pairs(FACTORS, is_allowed)
+# Hours of them: PROGSCALE_PART=3/12 is the third of twelve parts, each with the engines of what it has.
+PRODUCT = part_of(full_product(FACTORS, is_allowed), os.environ.get("PROGSCALE_PART") or "1/1", together="engine")
 # Tensors whose sizes are no multiples of what DeepSpeed aligns to.
 ODD = {"family": "bert", "schedule": "progtuning", "embeddings": "first_stage", "method": "full", "width": 18}
 # In the last block of a Longformer only the first token is read, whose attention is the global one: these get zero gradients,
@@ -40,7 +44,7 @@ PARAMETER_TOLERANCE = 5e-5
 LOSS_TOLERANCE = 2e-6
 
 
-def identify(case: dict[str, Any]) -> str:
+def identify(case: Mapping[str, Any]) -> str:
     return "-".join(str(value) for value in case.values())
 
 
@@ -97,9 +101,16 @@ def test_sparse_attention(two_ranks: TwoRanks, engine: str) -> None:
 
 
 @pytest.mark.product
-@pytest.mark.parametrize("case", full_product(FACTORS, is_allowed), ids=identify)
+@pytest.mark.parametrize("case", PRODUCT, ids=identify)
 def test_contracts_product(two_ranks: TwoRanks, case: dict[str, Any]) -> None:
     check(two_ranks, case)
+
+
+def test_parts_make_up_the_product() -> None:
+    cases = full_product(FACTORS, is_allowed)
+    parts = [part_of(cases, f"{number}/5", together="engine") for number in range(1, 6)]
+    assert sorted(map(identify, sum(parts, []))) == sorted(map(identify, cases))
+    assert all({case["engine"] for case in part} == set(ENGINES) for part in parts)
 
 
 def check(two_ranks: TwoRanks, case: dict[str, Any]) -> None:

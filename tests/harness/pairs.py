@@ -41,6 +41,21 @@ def full_product(factors: Mapping[str, Sequence[Any]], allowed: Allowed = lambda
     return [case for case in every if allowed(case)]
 
 
+def part_of(cases: Sequence[Mapping[str, Any]], part: str, together: str) -> list[Mapping[str, Any]]:
+    """Every n-th case for a part "k/n" of them; those that differ in the factor `together` alone stay together.
+
+    Raises:
+        ValueError: no such part.
+    """
+    number, _, parts = part.partition("/")
+    if not (number.isdigit() and parts.isdigit() and 1 <= int(number) <= int(parts)):
+        raise ValueError(f"part '{part}'; k/n is needed with 1 <= k <= n, e.g. 3/12")
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for case in cases:
+        groups.setdefault(str([value for name, value in case.items() if name != together]), []).append(case)
+    return [case for group in list(groups.values())[int(number) - 1 :: int(parts)] for case in group]
+
+
 def _covered(case: Mapping[str, Any], names: Sequence[str]) -> set[Any]:
     present = [name for name in names if name in case]
     return {((a, case[a]), (b, case[b])) for a, b in combinations(present, 2)}
