@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 from typing import TYPE_CHECKING, Literal
@@ -39,6 +39,7 @@ class ParameterInfo:
         block: 0-based index in the stack, else None.
         tied: further names of the same tensor.
         unused: no loss depends on it, so that it has no gradient and is never trained.
+        replaceable: of the head, and not in every checkpoint: outside of the base model, or optional in its family.
         four_bit: of a model without weights: it will be quantised to four bits an element.
     """
 
@@ -49,6 +50,7 @@ class ParameterInfo:
     block: int | None = None
     tied: tuple[str, ...] = ()
     unused: bool = False
+    replaceable: bool = False
     four_bit: bool = False
 
     @property
@@ -113,6 +115,7 @@ class _Place:
     part: Part
     stack: str | None = None
     block: int | None = None
+    replaceable: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         return f"block {self.block} of '{self.stack}'" if self.part == "block" else f"the {self.part}"
@@ -148,7 +151,9 @@ def partition(model: torch.nn.Module, family: Family) -> Partition:
         place = _one_place((first, *tied), places, family)
         unused = first.startswith(root) and any(regex.match(first[len(root) :]) for _, _, regex in idle)
         shape, four_bit = true_shape(tensors[key]), getattr(tensors[key], FOUR_BIT, False)
-        parameters[first] = ParameterInfo(first, shape, place.part, place.stack, place.block, tuple(tied), unused, four_bit)
+        parameters[first] = ParameterInfo(
+            first, shape, place.part, place.stack, place.block, tuple(tied), unused, place.replaceable, four_bit
+        )
     for part, pattern, _ in rules:
         if pattern not in used and not pattern.endswith("?"):
             raise ModelError(
@@ -228,13 +233,14 @@ def _place(
     used: set[str],
 ) -> _Place:
     if not name.startswith(root):
-        return _Place("head")
+        return _Place("head", replaceable=True)
     below = name[len(root) :]
     found: list[tuple[_Place, str]] = []
     claims = [rule for rule in rules if rule[2].match(below)]
     for part, pattern, _ in claims:
         used.add(pattern)
-        found.append((_Place(part), f"{part} pattern '{pattern}'"))
+        place = _Place(part, replaceable=part == "head" and pattern.endswith("?"))
+        found.append((place, f"{part} pattern '{pattern}'"))
     for stack, children in stacks.items():
         for prefix, index in children.items():
             if name.startswith(prefix) and not any(_reaches_into(prefix[len(root) :], rule) for rule in claims):

@@ -15,12 +15,12 @@ import torch
 from safetensors import SafetensorError
 
 from progscale.checkpoint.store import sync, write_durably
-from progscale.engine.base import Engine, persistent_buffers
+from progscale.engine.base import Engine
 from progscale.errors import ModelError, UserError, WriteError
 from progscale.methods import Method, Subject, make_method
 from progscale.models.family import FAMILIES, ModelRequest
 from progscale.models.loading import load_model
-from progscale.models.saving import save_whole
+from progscale.models.saving import persistent_buffers, save_whole
 from progscale.numbers import decode_scores, encode_numbers
 
 log = logging.getLogger("progscale")

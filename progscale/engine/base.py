@@ -23,6 +23,7 @@ from progscale.engine.moving import redistribute
 from progscale.engine.state import MASTER, Shard, Slice, deal, match_shards, move_shard, slices_of
 from progscale.errors import ModelError
 from progscale.layers import quantisation_tensors
+from progscale.models.saving import persistent_buffers
 from progscale.optim import StageBuild
 from progscale.optimizers import AdamW, Optimizer
 
@@ -472,16 +473,6 @@ class Engine(ABC):
         if self.build is not None:
             self._release()
             self.build = None
-
-
-def persistent_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The buffers that `state_dict` holds, by name."""
-    found = {}
-    for prefix, child in module.named_modules():
-        for key, buffer in child._buffers.items():
-            if buffer is not None and key not in child._non_persistent_buffers_set:
-                found[f"{prefix}.{key}" if prefix else key] = buffer
-    return found
 
 
 def takes_cache(module: Any) -> bool:

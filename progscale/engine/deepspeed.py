@@ -27,6 +27,8 @@ _PARAMETER_LEFTOVERS = (
     *("_dp_group", "_index_in_param_group", "param_idx_in_group", "load_hp_checkpoint_state"),
     *("get_full_hp_grad", "get_full_hp_param", "set_full_hp_grad", "set_full_hp_param"),
 )
+# Of a loss scaler what changes with the steps; everything else is a setting.
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _MODULE_LEFTOVERS = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "ds_grads_remaining")
 
 
@@ -297,18 +299,20 @@ class DeepSpeedEngine(Engine):
         return bool(scaler.dynamic) and scaler.cur_scale > scaler.min_scale
 
     def scaler_state(self) -> dict[str, Any] | None:
-        """What DeepSpeed's scaler holds, under its own names."""
+        """How far DeepSpeed's scaler is, under its own names; its settings are the config's."""
         if not self.scales_loss:
             return None
         scaler = self._zero().loss_scaler
-        return {"loss_scale": float(scaler.cur_scale), "deepspeed": {k: v for k, v in vars(scaler).items() if _is_number(v)}}
+        return {"loss_scale": float(scaler.cur_scale), "deepspeed": {k: v for k, v in vars(scaler).items() if k in _SCALER}}
 
     def load_scaler_state(self, state: Mapping[str, Any]) -> None:
         """All of it from a DeepSpeed engine, else the scale alone."""
         scaler = self._zero().loss_scaler
         if scaler.dynamic:
-            scaler.cur_scale = state["loss_scale"]
-            vars(scaler).update(state.get("deepspeed", {}))
+            # What an older checkpoint holds beside these would put back the settings of the run that saved it.
+            vars(scaler).update({k: v for k, v in state.get("deepspeed", {}).items() if k in _SCALER})
+            scaler.cur_scale = max(state["loss_scale"], scaler.min_scale)
+            scaler.cur_hysteresis = min(scaler.cur_hysteresis, scaler.delayed_shift)
 
 
 def leave_flat_buffer(held: torch.Tensor) -> None:
@@ -350,10 +354,6 @@ def check_release(release: str, zero_stage: int, *, on_cpu: bool, checkpointing:
         raise UserError(
             f"engine.deepspeed: DeepSpeed {release} {why}; upgrade to {needed} or later (pip install 'deepspeed>={needed}')"
         )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
 
 
 def _offsets(zero: Any, group: int, parameters: Sequence[torch.Tensor]) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from progscale.blocks import partition
 from progscale.engine import ranks
 from progscale.errors import ModelError
 from progscale.models.family import Family, ModelRequest
-from progscale.models.loading import adapted, auto_class, load_config, load_model, location
+from progscale.models.loading import adapted, auto_class, load_config, load_model, location, may_lack
+from progscale.models.saving import persistent_buffers
 from progscale.models.weights import checkpoint_files, checkpoint_names, find_safetensors
 
 
@@ -24,7 +26,8 @@ def load_module(
     """The model of a request, ready for an engine.
 
     Under ZeRO-3 a checkpoint in safetensors is read tensor by tensor, and each rank keeps only its partition. Everything
-    else (random weights, a family's own loader, pickle) is built whole and partitioned when the engine begins.
+    else (random weights, a family's own loader, pickle, tensors that transformers must convert) is built whole and partitioned
+    when the engine begins.
 
     Args:
         request: which model.
@@ -36,11 +39,21 @@ def load_module(
         ModelError: the weights cannot be loaded, or do not fit.
     """
     stage = int((deepspeed or {}).get("zero_optimization", {}).get("stage", 0))
-    own_way = family.load is not None or request.random_weights or not find_safetensors(request.name, request.revision)
-    if stage != 3 or own_way:
+    if stage != 3 or family.load is not None or request.random_weights:
+        return load_model(request, family)
+    if not find_safetensors(request.name, request.revision) or stored_otherwise(request):
         return load_model(request, family)
     assert deepspeed is not None
     return load_partitioned(request, family, deepspeed, dtype)
+
+
+def stored_otherwise(request: ModelRequest) -> bool:
+    """Whether transformers renames or cuts the tensors of this type of model while it loads them (esm, nomic_bert, gte, …)."""
+    try:
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    except ImportError:  # before transformers had it, names in files were names in models
+        return False
+    return bool(get_checkpoint_conversion_mapping(load_config(request).model_type))
 
 
 def load_partitioned(request: ModelRequest, family: Family, deepspeed: Mapping[str, Any], dtype: torch.dtype) -> torch.nn.Module:
@@ -49,6 +62,7 @@ def load_partitioned(request: ModelRequest, family: Family, deepspeed: Mapping[s
     The peak on a rank is its partition and the largest single module.
     """
     from accelerate import init_empty_weights
+    from safetensors import safe_open
 
     config = load_config(request)
     with init_empty_weights(include_buffers=False):
@@ -58,6 +72,8 @@ def load_partitioned(request: ModelRequest, family: Family, deepspeed: Mapping[s
     module.tie_weights()
     adapted(module, family)
     sources = _sources(module, checkpoint_files(request.name, request.revision))
+    if any(buffer.is_meta and name not in sources for name, buffer in module.named_buffers()):
+        return load_model(request, family)  # they are made of parameters
     missing = _missing(module, family, sources, request)
     draw(module, missing)
     partition_own = partitioner(deepspeed, dtype)
@@ -71,6 +87,12 @@ def load_partitioned(request: ModelRequest, family: Family, deepspeed: Mapping[s
         _fill(child, [key for key in own if key not in missing], sources)
         partition_own(child)
         give_back_memory()
+    for name, buffer in persistent_buffers(module).items():
+        if name in sources:
+            parent, _, own_name = name.rpartition(".")
+            path, key = sources[name]
+            with safe_open(path, framework="pt") as file:
+                module.get_submodule(parent)._buffers[own_name] = file.get_tensor(key).to(buffer.dtype)
     # Tied names still point at the empty tensor that was there before.
     module.tie_weights()
     if module.can_generate():
@@ -86,7 +108,7 @@ def load_partitioned(request: ModelRequest, family: Family, deepspeed: Mapping[s
 
 
 def _sources(module: torch.nn.Module, files: list[Path]) -> dict[str, tuple[Path, str]]:
-    """Parameter name → (file, key) of the tensor that fills it.
+    """Name of a parameter or buffer → (file, key) of the tensor that fills it.
 
     Raises:
         ModelError: the checkpoint has several tensors for what is one in the model.
@@ -122,10 +144,10 @@ def untied(name: str, other: str) -> str:
 
 
 def _missing(module: torch.nn.Module, family: Family, sources: dict[str, tuple[Path, str]], request: ModelRequest) -> set[str]:
-    """Parameters that get fresh weights: those of the head that the checkpoint lacks, or has in another shape.
+    """Parameters that get fresh weights: of a new head, or that transformers never saves (sines of positions).
 
     Raises:
-        ModelError: the base model itself is not in the checkpoint.
+        ModelError: the checkpoint lacks others, or has them in another shape.
     """
     from safetensors import safe_open
 
@@ -139,7 +161,8 @@ def _missing(module: torch.nn.Module, family: Family, sources: dict[str, tuple[P
                 shape = tuple(file.get_slice(key).get_shape())
         if shape == tuple(parameter.shape):
             continue
-        if parts.parameters[name].part != "head":
+        ignored = any(re.search(pattern, name) for pattern in getattr(module, "_keys_to_ignore_on_load_missing", None) or ())
+        if not (ignored or may_lack(parts.parameters[name], request.head)):
             what = "is missing in" if shape is None else f"has shape {shape} instead of {tuple(parameter.shape)} in"
             raise ModelError(
                 f"model '{request.name}': '{name}' {what} its weights; is this a checkpoint of the model in config.json?"

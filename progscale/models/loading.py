@@ -14,10 +14,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from progscale.blocks import partition
+from progscale.blocks import ParameterInfo, partition
 from progscale.errors import ModelError, nearest
 from progscale.models.architectures import ARCHITECTURES, architecture_config, find_architecture
-from progscale.models.family import FAMILIES, LANGUAGE_MODEL_HEADS, Family, ModelRequest
+from progscale.models.family import FAMILIES, LANGUAGE_MODEL_HEADS, Family, HeadKind, ModelRequest
 from progscale.models.lookup import families_by_type, family_of
 from progscale.models.weights import checkpoint_files, find_safetensors, local_folder
 
@@ -186,21 +186,31 @@ def _from_pretrained(request: ModelRequest, family: Family, config: PretrainedCo
         raise ModelError(f"model '{request.name}': its weights cannot be loaded ({_first_line(error)})") from error
     adapted(model, family)
     parts = partition(model, family).parameters
-    unfilled = [name for name in info["missing_keys"] if name in parts and parts[name].part != "head"]
+    unfilled = [name for name in info["missing_keys"] if name in parts and not may_lack(parts[name], request.head)]
     if unfilled:
+        below = [name for name in unfilled if parts[name].part != "head"]
         raise ModelError(
-            f"model '{request.name}': its weights have nothing for {len(unfilled)} parameters of the embeddings and "
-            f"blocks, e.g. '{min(unfilled)}'; is this a checkpoint of a {family.name} model with "
-            f"{_sizes(partition(model, family).num_blocks)}?"
+            f"model '{request.name}': its weights have nothing for {len(below or unfilled)} parameters of the "
+            f"{'embeddings and blocks' if below else 'head'}, e.g. '{min(below or unfilled)}'; is this a checkpoint of a "
+            f"{family.name} model with {_sizes(partition(model, family).num_blocks)}"
+            f"{'' if below else ', and was its ' + request.head.replace('_', ' ') + ' head saved with it'}?"
         )
     for name, stored, wanted in info["mismatched_keys"]:
-        if name in parts and parts[name].part != "head":
+        if name in parts and not may_lack(parts[name], request.head):
             raise ModelError(
                 f"model '{request.name}': '{name}' has shape {tuple(stored)} in the weights and {tuple(wanted)} in "
                 f"the config; check config.json and model.overrides"
             )
     loaded: torch.nn.Module = model
     return loaded
+
+
+def may_lack(info: ParameterInfo, head: HeadKind) -> bool:
+    """Whether a checkpoint may have nothing for a parameter, which then begins with random weights.
+
+    A new head begins so; the head of a language model is part of what was pretrained, and so are the norms above the blocks.
+    """
+    return info.unused or (info.replaceable and head not in LANGUAGE_MODEL_HEADS)
 
 
 def _published_config(request: ModelRequest) -> PretrainedConfig:

@@ -43,6 +43,16 @@ def save_tensors(state: Mapping[str, torch.Tensor], file: Path) -> None:
     save_file({name: value.contiguous() for name, value in state.items()}, file, metadata={"format": "pt"})
 
 
+def persistent_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that `state_dict` holds, by name."""
+    found = {}
+    for prefix, child in module.named_modules():
+        for key, buffer in child._buffers.items():
+            if buffer is not None and key not in child._non_persistent_buffers_set:
+                found[f"{prefix}.{key}" if prefix else key] = buffer
+    return found
+
+
 def fill_tensors(model: torch.nn.Module, file: Path) -> None:
     """Gives parameters and persistent buffers of a model the tensors of a safetensors file, by name.
 

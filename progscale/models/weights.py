@@ -69,7 +69,7 @@ def find_safetensors(name: str, revision: str | None = None) -> list[Path]:
 
 
 def checkpoint_names(model: torch.nn.Module, keys: Iterable[str]) -> dict[str, str]:
-    """Which parameter of `model` each tensor of a checkpoint fills; keys that fill none are left out.
+    """Which parameter or buffer of `model` each tensor of a checkpoint fills; keys that fill none are left out.
 
     Handles a base-model prefix that only one side has (`encoder.layer.0…` for `bert.encoder.layer.0…`, and the
     reverse), legacy layer norms (`LayerNorm.gamma`, `LayerNorm.beta`) and tied tensors (their first name). Shapes
@@ -80,13 +80,14 @@ def checkpoint_names(model: torch.nn.Module, keys: Iterable[str]) -> dict[str, s
         keys: tensor names in the checkpoint.
 
     Returns:
-        checkpoint name → name in `model.named_parameters()`. No parameter is filled twice: of several keys for one
-        tensor, that of its first name wins.
+        checkpoint name → name in `model.named_parameters()` or `model.named_buffers()`. Nothing is filled twice: of several
+        keys for one tensor, that of its first name wins.
     """
     first_name: dict[int, str] = {}
     aliases: dict[str, str] = {}
     for name, tensor in model.named_parameters(remove_duplicate=False):
         aliases[name] = first_name.setdefault(id(tensor), name)
+    aliases |= {name: name for name, _ in model.named_buffers()}
     prefix = str(getattr(model, "base_model_prefix", "") or "")
     matches: dict[str, tuple[str, str]] = {}
     for key in keys:

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from progscale.blocks import partition
 from progscale.errors import ModelError
 from progscale.models import ModelRequest, build_meta, family_of, find_family, load_model
 from progscale.models.loading import adapted
+from progscale.models.saving import persistent_buffers
 from progscale.setup import check_as_planned
 from tests.harness.cases import run
 from tests.harness.worker import RankError, TwoRanks
@@ -62,6 +64,16 @@ def test_a_checkpoint_of_another_size_is_refused(two_ranks: TwoRanks, tmp_path: 
         two_ranks.run(LOAD, path=str(tmp_path), seed=1, overrides={"num_hidden_layers": 3})
 
 
+@pytest.mark.parametrize("lacking", ["lm_head.weight", "model.norm.weight"])
+def test_a_language_model_without_its_head_or_last_norm_is_refused(two_ranks: TwoRanks, tmp_path: Path, lacking: str) -> None:
+    model: Any = tiny_model("llama", "causal_lm", tie_word_embeddings=False)
+    model.save_pretrained(tmp_path, state_dict={name: value for name, value in model.state_dict().items() if name != lacking})
+    with pytest.raises(RankError, match=rf"'{lacking}' is missing in its weights"):
+        two_ranks.run(LOAD, path=str(tmp_path), seed=1, head="causal_lm")
+    with pytest.raises(ModelError, match=rf"nothing for 1 parameters of the head, e\.g\. '{lacking}'.*causal lm head saved"):
+        load_model(ModelRequest(str(tmp_path), head="causal_lm"))
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_trains_through_a_switch(two_ranks: TwoRanks, tmp_path: Path, checkpointing: bool) -> None:
     """What was never whole on a rank trains like a model that was."""
@@ -80,6 +92,24 @@ def test_a_family_that_is_found_in_the_model_itself(two_ranks: TwoRanks, tmp_pat
     assert all(torch.equal(found["parameters"][name], value) for name, value in named["parameters"].items())
     with pytest.raises(RankError, match=r"encoder\.layer\.4.*is missing in its weights"):
         two_ranks.run(LOAD, path=str(tmp_path), seed=1, family="generic", overrides={"num_hidden_layers": 5})
+
+
+@pytest.mark.parametrize("kind", ["ibert", "nomic_bert"])
+def test_buffers_and_tensors_that_are_stored_otherwise(two_ranks: TwoRanks, tmp_path: Path, kind: str) -> None:
+    """I-BERT keeps scales in buffers; NomicBERT's files have other names and joint projections."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 101}
+    torch.manual_seed(5)
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(kind, **sizes, max_position_embeddings=40))
+    for number, buffer in enumerate(persistent_buffers(model).values()):
+        buffer.fill_(number % 100)
+    model.save_pretrained(tmp_path)
+    for result in two_ranks.run(LOAD, path=str(tmp_path), seed=7, family="generic"):
+        for name, parameter in model.named_parameters():
+            assert torch.equal(result["parameters"][name], parameter), name
+        for name, buffer in persistent_buffers(model).items():
+            assert torch.equal(result["buffers"][name], buffer), name
+        total = sum(parameter.numel() for parameter in model.parameters())
+        assert result["held"] == total if kind == "nomic_bert" else result["held"] < 0.6 * total
 
 
 @pytest.mark.parametrize(("family", "head"), [("gpt2", "causal_lm"), ("t5", "seq2seq_lm")])

@@ -31,7 +31,8 @@ def load(
     wanted = ModelRequest(path, head=head, **request)
     torch.manual_seed(seed)
     module = load_module(wanted, find_family(wanted, family), ENGINES["zero3"], dtype=getattr(torch, dtype))
-    held = sum(parameter.ds_tensor.numel() for parameter in module.parameters())  # type: ignore[attr-defined]
+    # What is loaded whole is partitioned when an engine begins.
+    held = sum(getattr(parameter, "ds_tensor", parameter).numel() for parameter in module.parameters())
     whole = {}
     for name, parameter in module.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter]):

@@ -97,7 +97,9 @@ def _around(base: nn.Module, path: str) -> tuple[list[str], list[str]]:
                 own = [f"{key}.{parameter}" for parameter, _ in owner.named_parameters(recurse=False)]
                 whole = len(own) == len(list(owner.parameters()))
                 part = head if behind and not isinstance(owner, nn.Embedding) else embeddings
-                part += [key] if own and whole else own
+                # A checkpoint of a model with another head often has no pooler.
+                optional = "?" if name.startswith("pooler") else ""
+                part += [one + optional for one in ([key] if own and whole else own)]
         module, above = module.get_submodule(step), f"{above}{step}."
     return embeddings, head
 

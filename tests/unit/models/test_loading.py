@@ -165,6 +165,30 @@ def test_weights_of_another_model_are_refused(saved: Callable[..., Path], edit_c
         load_model(ModelRequest(str(folder), head=CLASSIFY))
 
 
+@pytest.mark.parametrize(
+    ("family", "lacking", "refused"),
+    [
+        ("bert", "bert.pooler", False),
+        ("bert", "classifier", False),
+        ("xlm-roberta-xl", "roberta.encoder.LayerNorm", True),
+        ("modernbert", "model.final_norm", True),
+        ("gpt2", "transformer.ln_f", True),
+        ("gpt2", "score", False),
+    ],
+)
+def test_what_a_checkpoint_may_lack(tmp_path: Path, family: str, lacking: str, refused: bool) -> None:
+    """A classifier and a pooler begin anew; the norm above the blocks is part of what was pretrained."""
+    model = tiny_model(family)
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith(f"{lacking}.")}
+    assert len(state) < len(model.state_dict())
+    model.save_pretrained(tmp_path, state_dict=state)
+    if refused:
+        with pytest.raises(ModelError, match=rf"nothing for \d parameters of the head, e\.g\. '{lacking}"):
+            load_model(ModelRequest(str(tmp_path), head=CLASSIFY))
+    else:
+        load_model(ModelRequest(str(tmp_path), head=CLASSIFY))
+
+
 def test_fewer_blocks_may_be_asked_for(saved: Callable[..., Path]) -> None:
     model = load_model(ModelRequest(str(saved()), head=CLASSIFY, overrides={"num_hidden_layers": 2}))
     assert len(model.bert.encoder.layer) == 2  # type: ignore[union-attr, arg-type]
