@@ -119,6 +119,8 @@ def build_parser() -> argparse.ArgumentParser:
     merge.add_argument("folder", metavar="MODEL", help="the folder 'model' of a run")
     merge.add_argument("target", metavar="TARGET", help="folder to write; must not exist yet, or be empty")
     merge.add_argument("--base", metavar="NAME", help="hub id or folder of the base model; default: where it lay in the run")
+    merge.add_argument("--allow-pickle", action="store_true", help="load the base model's weights from pickle files too")
+    merge.add_argument("--trust-remote-code", action="store_true", help="run Python code from the base model's repository")
     merge.set_defaults(run=run_merge)
     checkpoint = commands.add_parser("checkpoint", help="look into saved states", allow_abbrev=False)
     add_checkpoint_commands(checkpoint)
@@ -130,7 +132,8 @@ def run_merge(options: argparse.Namespace) -> int:
     quiet_libraries()
     from progscale.export import merge_exported
 
-    merge_exported(options.folder, options.target, base=options.base)
+    allowed = {"allow_pickle": options.allow_pickle, "trust_remote_code": options.trust_remote_code}
+    merge_exported(options.folder, options.target, base=options.base, **allowed)
     print(f"merged into {options.target}")
     return 0
 
@@ -328,6 +331,7 @@ def plan_of(config: Config, options: argparse.Namespace) -> Plan:
         options=schedule_options(config),
         family=config.model.family,
         revision=config.model.revision,
+        trust_remote_code=options.trust_remote_code,
     )
 
 

@@ -249,23 +249,16 @@ def run_checks(config: Config, ranks: Ranks, *, on_gpu: bool) -> list[Check]:
 
 def model_check(config: Config, permissions: Any) -> tuple[Check, Elements]:
     """Model, task and tokenizer as a run finds them, without weights."""
-    import torch
-
-    from progscale.blocks import partition
     from progscale.inputs import find_inputs
-    from progscale.methods import live_parameters
-    from progscale.setup import method_of, stages_of
+    from progscale.setup import method_of, nominal_plan, partition_of
 
     found = [Elements()]
 
     def look() -> str:
         inputs = find_inputs(config, permissions)
         method = method_of(config, inputs)
-        with torch.device("meta"):
-            parts = partition(method.prepare(inputs.skeleton), inputs.family)
-        # Which blocks are live does not depend on the steps, whose number only the tokenised data tells.
-        stages = stages_of(config, inputs.family, parts, max(1000 * config.stages, (config.schedule.starts or [0])[-1] + 1))
-        counts = [parts.count(live_parameters(stage, parts, method)) for stage in stages]
+        parts = partition_of(inputs, method)
+        counts = [stage.trainable_parameters for stage in nominal_plan(config, inputs.family, parts, method).stages]
         four_bit = parts.count(info.name for info in parts.parameters.values() if info.four_bit)
         found[0] = Elements(parts.numel(), max(counts), four_bit)
         model = "demo encoder" if config.model.name is None else inputs.request.name

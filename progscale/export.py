@@ -21,6 +21,7 @@ from progscale.methods import Method, Subject, make_method
 from progscale.models.family import FAMILIES, ModelRequest
 from progscale.models.loading import load_model
 from progscale.models.saving import persistent_buffers, save_whole
+from progscale.models.tokenizers import set_pad_token
 from progscale.numbers import decode_scores, encode_numbers
 
 log = logging.getLogger("progscale")
@@ -137,22 +138,35 @@ def _write(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def describe(method: Method[Any], request: ModelRequest) -> dict[str, Any]:
+def describe(method: Method[Any], request: ModelRequest, tokenizer: Any = None) -> dict[str, Any]:
     """What an export says of itself, as JSON values: the method with its options, and the model that it was applied to."""
     # What may run code is allowed by a command line, never by a file.
     model = {key: value for key, value in asdict(request).items() if key not in ("allow_pickle", "trust_remote_code")}
     model |= {"name": method.subject.base or request.name, "family": method.subject.family.name}
     options = method.options.model_dump(mode="json")
-    return {"method": method.name, "options": options, "precision": method.subject.precision, "model": model}
+    pad = getattr(tokenizer, "pad_token_id", None)
+    return {
+        **{"method": method.name, "options": options, "precision": method.subject.precision, "model": model},
+        "pad_token_id": pad,
+    }
 
 
-def load_exported(folder: str | Path, *, base: str | None = None, merge: bool = False) -> torch.nn.Module:
+def load_exported(
+    folder: str | Path,
+    *,
+    base: str | None = None,
+    merge: bool = False,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> torch.nn.Module:
     """A model as a run exported it, whatever its method, in eval mode on the CPU.
 
     Args:
         folder: `RUN/model`.
         base: where the base model of an adapter lies now; by default where it lay in the run.
         merge: merge what was trained into the base model, and give that: a plain transformers model.
+        allow_pickle: the base model's weights may be pickle files, which can run code when they are read.
+        trust_remote_code: the base model may bring Python code.
 
     Raises:
         UserError: the folder is no export; its base model is not there; or merging was asked for and cannot be.
@@ -163,6 +177,7 @@ def load_exported(folder: str | Path, *, base: str | None = None, merge: bool = 
     family = FAMILIES.get(known["family"])
     wanted = {field.name: known[field.name] for field in fields(ModelRequest) if field.name in known}
     request = replace(ModelRequest(**wanted), label_names=tuple(known["label_names"]), random_weights=False)
+    request = replace(request, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     subject = Subject(family, request.head, known["name"], content["precision"])
     method = make_method(content["method"], subject, content["options"])
     if method.saves_whole:
@@ -170,20 +185,31 @@ def load_exported(folder: str | Path, *, base: str | None = None, merge: bool = 
             raise UserError(f"{path}: method '{method.name}' exports a whole model, there is nothing to merge: use it as it is")
         return load_model(replace(request, name=str(path), overrides={}), family).eval()
     beside = path.parent / BASE
-    if base is None and beside.is_dir() and not Path(request.name).exists():
-        base = str(beside)  # the run was moved, and with it the random weights that it began with
+    if base is None and beside.is_dir() and Path(request.name).name == BASE:
+        base = str(beside)  # the random weights that the run began with, wherever it lies now
     model = load_model(replace(request, name=base or request.name), family)
+    if content.get("pad_token_id") is not None:
+        set_pad_token(model, content["pad_token_id"])
     model = method.merge(model, path) if merge else method.restore(model, path)
     return model.eval()
 
 
-def merge_exported(folder: str | Path, target: str | Path, *, base: str | None = None) -> None:
+def merge_exported(
+    folder: str | Path,
+    target: str | Path,
+    *,
+    base: str | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> None:
     """Writes an adapter's folder as a plain model that needs no PEFT, with its tokenizer.
 
     Args:
         folder: `RUN/model`.
         target: must not exist yet, or be empty.
         base: where the base model of the adapter lies now; by default where it lay in the run.
+        allow_pickle: as for `load_exported`.
+        trust_remote_code: as for `load_exported`.
 
     Raises:
         UserError: as for `load_exported`; or there is something in the target.
@@ -192,7 +218,7 @@ def merge_exported(folder: str | Path, target: str | Path, *, base: str | None =
     source, path = Path(folder).expanduser(), Path(target).expanduser()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path}: there is something already; name a folder that does not exist yet")
-    model = load_exported(source, base=base, merge=True)
+    model = load_exported(source, base=base, merge=True, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     try:
         path.mkdir(parents=True, exist_ok=True)
         save_whole(model, {name: value.detach() for name, value in model.state_dict().items()}, path)

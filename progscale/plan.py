@@ -187,7 +187,7 @@ def make_plan(
         schedule: its name.
 
     Raises:
-        ScheduleError: no optimizer step in an epoch.
+        ScheduleError: no optimizer step in an epoch, or a stage in which the method trains nothing.
     """
     if steps_per_epoch < 1:
         raise ScheduleError(f"steps_per_epoch: {steps_per_epoch}; at least 1 is needed")
@@ -195,6 +195,13 @@ def make_plan(
     for stage in stages:
         names = live_parameters(stage, parts, method)
         count = parts.count(names)
+        if not names:
+            blocks = sum(map(len, stage.live_blocks.values()))
+            raise ScheduleError(
+                f"schedule.name: stage {stage.index} of '{schedule}' has nothing to train: method '{method.name}' trains nothing "
+                f"in what is live there ({blocks} blocks{', the embeddings' * stage.embeddings} and the head of this model); "
+                f"keep a block that it trains live in every stage"
+            )
         epochs = Fraction(stage.steps, steps_per_epoch)
         planned.append(
             PlanStage(
@@ -270,6 +277,7 @@ def plan_for(
     options: Mapping[str, Any] | None = None,
     family: Family | str | None = None,
     revision: str | None = None,
+    trust_remote_code: bool = False,
     steps_per_epoch: int | None = None,
 ) -> Plan:
     """The plan of a model by name: on the meta device, with no data, and offline for well-known architectures.
@@ -290,6 +298,7 @@ def plan_for(
         options: the schedule's own (`first_blocks`, `block_weights`, `starts`).
         family: a family or its name; None looks it up.
         revision: hub revision.
+        trust_remote_code: the model may bring Python code.
         steps_per_epoch: optimizer steps of an epoch where they are known (`starts` counts in them).
 
     Raises:
@@ -307,7 +316,13 @@ def plan_for(
         raise ScheduleError(f"schedule.stages: {count}; at least 1 is needed")
     steps_per_epoch = steps_per_epoch or nominal_steps_per_epoch(length, count)
     request = ModelRequest(
-        model_name, head=head, num_labels=num_labels, overrides=overrides or {}, random_weights=True, revision=revision
+        model_name,
+        head=head,
+        num_labels=num_labels,
+        overrides=overrides or {},
+        random_weights=True,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
     )
     found = find_family(request, family, weights=False)
     trained = make_method(method, Subject(found, head, model_name), method_options)

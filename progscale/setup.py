@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import math
@@ -22,7 +23,7 @@ from progscale.engine import ranks
 from progscale.engine.base import Engine, EngineSettings
 from progscale.engine.deepspeed import check_release
 from progscale.engine.launch import check_precision, create_engine, make_accelerator, set_up_cpu
-from progscale.engine.loading import load_module, untied
+from progscale.engine.loading import load_module, untied, whole_for_peft
 from progscale.errors import ConfigError, Fault, ModelError
 from progscale.export import BASE, describe
 from progscale.folder import check_unfinished, open_folder, restore_replaced, resume_line, unfinished
@@ -32,9 +33,9 @@ from progscale.learning_rate import LearningRate
 from progscale.meters import MemoryMeter
 from progscale.methods import Method, Subject, make_method
 from progscale.models.family import Family
-from progscale.models.loading import check_weights
+from progscale.models.loading import check_weights, missing_weights
 from progscale.models.saving import save_whole
-from progscale.models.tokenizers import follow_tokenizer
+from progscale.models.tokenizers import set_pad_token
 from progscale.names import method_faults, with_options
 from progscale.optim import build_for
 from progscale.optimizers import OPTIMIZERS, Optimizer, Request
@@ -83,23 +84,32 @@ def prepare(
     config = with_options(config)
     set_up_cpu(config.run.threads)
     found = find_inputs(config, permissions)
-    if not dry_run:
-        check_weights(found.request, found.family)
     task, family = found.task, found.family
+    method = method_of(config, found)
+    parts = partition_of(found, method)
+    nominal_plan(config, family, parts, method)
     accelerator = join_ranks(config, {"--resume": resume, "--dry-run": dry_run, **asdict(permissions)})
     console = RunConsole(accelerator.is_main_process)
     notice = optimizer_of(config).check(torch.device(accelerator.device))
     if notice is not None:
         console.show(notice)
+    run_folder = Path(config.run.output_dir) / config.run_name
+    if resume in POLICIES and not dry_run:
+        ranks.on_main(lambda: check_unfinished(config, run_folder))
+    if not dry_run:
+        check_weights(found.request, family)
+    drawn = missing_weights(found.request, family, found.skeleton, local_only=dry_run)
+    if drawn:
+        method = method_of(config, found, drawn)
+        parts = partition_of(found, method)
     splits = task.tokenize(found.tokenizer, config.train.max_length)
     model_config = getattr(found.skeleton, "config", None)
+    if family.check_rows is not None:
+        family.check_rows(found.request, model_config, splits)
     padding = pad_values(found.tokenizer, model_config)
     min_tokens = 1 if family.min_tokens is None else family.min_tokens(model_config)
     loader = make_loader(config, splits["train"], padding, accelerator, min_tokens)
     total_steps = total_steps_of(config, loader.steps_per_epoch)
-    method = method_of(config, found)
-    with torch.device("meta"):
-        parts = partition(method.prepare(found.skeleton), family)
     stages = stages_of(config, family, parts, total_steps)
     model = "demo encoder" if config.model.name is None else found.request.name
     plan = make_plan(parts, stages, method, loader.steps_per_epoch, model=model, schedule=config.schedule.name)
@@ -115,23 +125,29 @@ def prepare(
     if dry_run:
         return plan
 
-    run_folder = Path(config.run.output_dir) / config.run_name
     identity = identity_of(config, parts, stages, splits, steps_per_epoch=loader.steps_per_epoch)
     resumed = None
     if resume != "never":
-        if resume in POLICIES:
-            ranks.on_main(lambda: check_unfinished(config, run_folder))
         ranks.on_main(lambda: restore_replaced(run_folder))
         resumed = find_checkpoint(resume, run_folder, identity, console.show)
         if resumed is not None:
             derive_stage(stages, resumed.checkpoint)
         console.show(resume_line(resumed, run_folder, total_steps))
     store = Store(run_folder / CHECKPOINTS, config.checkpoint.keep)
-    folder = ranks.on_main(lambda: open_folder(config, plan, run_folder, resumed, store))
-    if folder is not None and folder.moved is not None:
-        console.show(f"the run that lay in {folder.path} is now in {folder.moved}{unfinished(folder.moved)}")
     memory = MemoryMeter(torch.device(accelerator.device))
-    engine = make_engine(config, found, method, accelerator, parts)
+    module = load_base(config, found)
+    folder = ranks.on_main(lambda: open_folder(config, plan, run_folder, resumed, store))
+    try:
+        if folder is not None and folder.moved is not None:
+            console.show(f"the run that lay in {folder.path} is now in {folder.moved}{unfinished(folder.moved)}")
+        # Before they are trained on. A run that is gone on from has written them already.
+        if found.request.random_weights and not method.saves_whole and resumed is None:
+            ranks.on_main(lambda: save_base(module, found.tokenizer, base_folder(config)))
+        engine = make_engine(config, module, method, accelerator, parts)
+    except BaseException:
+        if folder is not None:
+            folder.close()
+        raise
     # What is here now stays to the end. Without this each switch would scan it all in search of the old engine's cycles.
     gc.collect()
     gc.freeze()
@@ -161,7 +177,7 @@ def prepare(
             background=config.checkpoint.background,
         ),
         identity=identity,
-        about=describe(method, found.request),
+        about=describe(method, found.request, found.tokenizer),
         resumed=resumed,
         signals=signals or Signals(),
     )
@@ -183,6 +199,7 @@ def join_ranks(config: Config, options: Mapping[str, Any]) -> Any:
     check_precision(config.train.precision, torch.device(accelerator.device), deepspeed is not None)
     check_same_on_all_ranks(config, options)
     check_engine(config, int(accelerator.num_processes))
+    micro_batch_size(config, int(accelerator.num_processes))
     if deepspeed is not None:
         zero_stage, on_cpu = int(deepspeed["zero_optimization"]["stage"]), torch.device(accelerator.device).type == "cpu"
         check_release(version("deepspeed"), zero_stage, on_cpu=on_cpu, checkpointing=config.train.gradient_checkpointing)
@@ -209,12 +226,33 @@ def make_loader(config: Config, split: Tokenized, padding: dict[str, int], accel
     )
 
 
-def method_of(config: Config, found: Inputs) -> Method[Any]:
-    """The config's method, applied to its model."""
+def method_of(config: Config, found: Inputs, drawn: frozenset[str] = frozenset()) -> Method[Any]:
+    """The config's method, applied to its model; `drawn` from `missing_weights`."""
     # Random weights lie nowhere: an adapter would have no base model to be loaded on, so they are written beside it.
     base = str(base_folder(config)) if found.request.random_weights else found.request.name
-    subject = Subject(found.family, found.request.head, base, config.train.precision)
+    subject = Subject(found.family, found.request.head, base, config.train.precision, drawn, found.request.revision)
     return make_method(config.method.name, subject, config.method.options)
+
+
+def partition_of(found: Inputs, method: Method[Any]) -> Partition:
+    """The parts of the model as the method prepares it, which stays as it was.
+
+    Raises:
+        ModelError: the method does not fit the model.
+    """
+    with torch.device("meta"):
+        return partition(method.prepare(copy.deepcopy(found.skeleton)), found.family)
+
+
+def nominal_plan(config: Config, family: Family, parts: Partition, method: Method[Any]) -> Plan:
+    """The plan for a number of steps that fits every schedule: which blocks are live does not depend on it.
+
+    Raises:
+        ScheduleError: the schedule does not fit the model, or the method trains nothing in a stage.
+    """
+    steps = max(1000 * config.stages, (config.schedule.starts or [0])[-1] + 1)
+    stages = stages_of(config, family, parts, steps)
+    return make_plan(parts, stages, method, steps, schedule=config.schedule.name)
 
 
 def base_folder(config: Config) -> Path:
@@ -222,22 +260,29 @@ def base_folder(config: Config) -> Path:
     return Path(config.run.output_dir).expanduser().absolute() / config.run_name / BASE
 
 
-def make_engine(config: Config, found: Inputs, method: Method[Any], accelerator: Any, parts: Partition) -> Engine:
-    """The model with its weights, in the engine that the config asks for. A collective.
+def load_base(config: Config, found: Inputs) -> torch.nn.Module:
+    """The model with its weights, before the method has prepared it. A collective.
 
     Raises:
-        ModelError: the weights cannot be loaded, or make another model than the config.
+        ModelError: the weights cannot be loaded, or do not fit.
     """
-    train, deepspeed = config.train, config.engine.deepspeed
     # Every rank needs the same weights, also those of a new head.
     torch.manual_seed(config.run.seed)
-    dtype = PARAMETER_DTYPES.get(train.precision, torch.float32)
-    module = load_module(found.request, found.family, deepspeed, dtype=dtype)
-    follow_tokenizer(module, found.tokenizer)
-    if found.request.random_weights and not method.saves_whole:
-        ranks.on_main(lambda: save_base(module, found.tokenizer, base_folder(config)))
+    dtype = PARAMETER_DTYPES.get(config.train.precision, torch.float32)
+    module = load_module(found.request, found.family, config.engine.deepspeed, dtype=dtype)
+    set_pad_token(module, found.tokenizer.pad_token_id)
+    return module
+
+
+def make_engine(config: Config, module: torch.nn.Module, method: Method[Any], accelerator: Any, parts: Partition) -> Engine:
+    """The model as the method prepares it, in the engine that the config asks for. A collective.
+
+    Raises:
+        ModelError: the weights make another model than the config.
+    """
+    train, deepspeed = config.train, config.engine.deepspeed
     # What a method adds is the same whatever was drawn before it, under ZeRO-3 too.
-    with seeded(config.run.seed):
+    with seeded(config.run.seed), whole_for_peft(deepspeed):
         module = method.prepare(module)
     check_as_planned(module, parts)
     if train.gradient_checkpointing:

@@ -277,7 +277,9 @@ class Engine(ABC):
             )
         together = self.partitions_parameters and self.world_size > 1
         with self._generating():
-            written = module.generate(**self.to_device(inputs), synced_gpus=together, use_cache=True, **options)
+            # One text a row, as a tensor, whatever the published generation config asks for.
+            plain = {"return_dict_in_generate": False, "num_return_sequences": 1, "use_cache": True}
+            written = module.generate(**self.to_device(inputs), synced_gpus=together, **plain, **options)
         # A decoder alone gives its prompt back too.
         return written if module.config.is_encoder_decoder else written[:, inputs["input_ids"].shape[1] :]
 

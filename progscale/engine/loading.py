@@ -15,7 +15,7 @@ from progscale.blocks import partition
 from progscale.engine import ranks
 from progscale.errors import ModelError
 from progscale.models.family import Family, ModelRequest
-from progscale.models.loading import adapted, auto_class, load_config, load_model, location, may_lack
+from progscale.models.loading import adapted, auto_class, load_config, load_model, location, may_lack, stored_otherwise
 from progscale.models.saving import persistent_buffers
 from progscale.models.weights import checkpoint_files, checkpoint_names, find_safetensors
 
@@ -47,13 +47,18 @@ def load_module(
     return load_partitioned(request, family, deepspeed, dtype)
 
 
-def stored_otherwise(request: ModelRequest) -> bool:
-    """Whether transformers renames or cuts the tensors of this type of model while it loads them (esm, nomic_bert, gte, …)."""
+@contextlib.contextmanager
+def whole_for_peft(deepspeed: Mapping[str, Any] | None) -> Iterator[None]:
+    """PEFT gathers partitioned weights where it computes with them (DoRA, PiSSA), if transformers knows of ZeRO-3."""
+    known = None
+    if int((deepspeed or {}).get("zero_optimization", {}).get("stage", 0)) == 3:
+        from transformers.integrations import HfDeepSpeedConfig
+
+        known = HfDeepSpeedConfig(dict(deepspeed or {}))
     try:
-        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-    except ImportError:  # before transformers had it, names in files were names in models
-        return False
-    return bool(get_checkpoint_conversion_mapping(load_config(request).model_type))
+        yield
+    finally:
+        del known  # transformers knows of it as long as it lives
 
 
 def load_partitioned(request: ModelRequest, family: Family, deepspeed: Mapping[str, Any], dtype: torch.dtype) -> torch.nn.Module:

@@ -37,12 +37,16 @@ class Subject:
         head: of the model.
         base: where the model's own weights come from, as an exported adapter names them; None for random weights.
         precision: of the run, `train.precision`.
+        drawn: parameters of the base model that its checkpoint lacks, so that they begin with random weights (a pooler).
+        revision: hub revision of the base model.
     """
 
     family: Family
     head: HeadKind = "sequence_classification"
     base: str | None = None
     precision: str = "fp32"
+    drawn: frozenset[str] = frozenset()
+    revision: str | None = None
 
     @property
     def fresh_head(self) -> bool:
@@ -133,11 +137,13 @@ register = METHODS.register
 
 
 def task_head(partition: Partition, subject: Subject) -> frozenset[str]:
-    """Parameters of the head that was made for the task: those outside of the base model.
+    """Parameters of the head that was made for the task: those outside of the base model, and what a checkpoint lacked.
 
-    Of a model that is its own base, all of the head; of a language model none.
+    Of a model that is its own base, what its family calls optional, or all of the head; of a language model none.
     """
     if not subject.fresh_head:
         return frozenset()
-    outside = (name for name in partition.names("head") if not (partition.base and name.startswith(partition.base)))
-    return frozenset(outside)
+    head = partition.names("head")
+    if partition.base:
+        return frozenset(name for name in head if name in subject.drawn or not name.startswith(partition.base))
+    return frozenset(name for name in head if partition.parameters[name].replaceable) or frozenset(head)

@@ -103,9 +103,8 @@ class LowRank(Method[LoraOptions]):
         prefixes = tuple(f"{path}." for paths in blocks.values() for path in paths)
         linear = {path for path, module in model.named_modules() if is_linear(module)}
         inside = {path[len(prefix) :] for path in linear for prefix in prefixes if path.startswith(prefix)}
-        if self.options.targets == ALL_LINEAR:
-            return sorted(inside)
-        targets = list(self.options.targets or self.subject.family.projections)
+        given = sorted(inside) if self.options.targets == ALL_LINEAR else self.options.targets
+        targets = list(given or self.subject.family.projections)
         if not targets:
             raise ModelError(
                 f"method '{self.name}': family '{self.subject.family.name}' does not say which layers to change; name them, e.g. "
@@ -137,7 +136,8 @@ class LowRank(Method[LoraOptions]):
         found: dict[str, None] = {}
         for name in task_head(parts, self.subject):
             components = name.split(".")
-            depth = 1
+            # Of a model that is its own base, the module of the parameter itself: what is above it may hold the blocks.
+            depth = 1 if parts.base else max(1, len(components) - 1)
             while parts.base.startswith(".".join(components[:depth]) + "."):
                 depth += 1
             found[".".join(components[:depth])] = None
@@ -176,6 +176,7 @@ class LowRank(Method[LoraOptions]):
         config.init_lora_weights = True
         # PEFT takes it from the model, which does not know where the run found it.
         config.base_model_name_or_path = self.subject.base
+        config.revision = self.subject.revision
         config.task_type = TASK_TYPES[self.subject.head]
         config.inference_mode = True
         config.save_pretrained(str(folder))

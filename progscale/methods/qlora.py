@@ -6,6 +6,7 @@ Source: Dettmers et al., QLoRA (arXiv 2305.14314).
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +22,8 @@ from progscale.methods.lora import LoraOptions, LowRank, is_linear
 if TYPE_CHECKING:
     import torch
 
+# Modules that PEFT has added.
+_PEFTS = re.compile(r"\.(modules_to_save|lora_\w+)\.")
 QUANTISATION = "quantization_config.json"
 
 
@@ -81,13 +84,18 @@ class QLora(LowRank):
 
         from progscale.layers import quantise
 
-        precision = self.subject.precision
-        compute = torch.bfloat16 if precision.startswith("bf16") else {"fp16": torch.float16}.get(precision, torch.float32)
+        compute = getattr(torch, self._compute_dtype())
         quantise(model, paths, quant_type=self.options.quant_type, double=self.options.double_quant, compute=compute)
+
+    def _compute_dtype(self) -> str:
+        precision = self.subject.precision
+        return "bfloat16" if precision.startswith("bf16") else "float16" if precision == "fp16" else "float32"
 
     def _paths(self, model: torch.nn.Module) -> list[str]:
         import torch
 
+        # T5 casts what goes into such a layer to the dtype of its weights, which would be that of the codes.
+        kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
         paths = []
         for blocks in block_modules(model, self.subject.family).values():
             for path, block in blocks.items():
@@ -97,28 +105,28 @@ class QLora(LowRank):
                             f"method 'qlora': '{path}.{name}' is a {type(module).__name__}, which is not "
                             f"quantised here; take 'lora'"
                         )
-                    if isinstance(module, torch.nn.Linear):
+                    if isinstance(module, torch.nn.Linear) and not kept & set(name.split(".")):
                         paths.append(f"{path}.{name}")
         return paths
 
     def save(self, model: Any, state: Mapping[str, torch.Tensor], folder: Path) -> None:
         """As LoRA, and how the base model is to be loaded beside it: `BitsAndBytesConfig(**json)` of transformers."""
         import torch
+        from bitsandbytes.nn import Linear4bit
 
         super().save(model, state, folder)
-        quantised = {f"{path}." for blocks in block_modules(model, self.subject.family).values() for path in blocks}
-        left = [
-            path.removeprefix("base_model.model.")
+        plain = [
+            path.removeprefix("base_model.model.").removesuffix(".original_module").removesuffix(".base_layer")
             for path, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear) and not path.startswith(tuple(quantised)) and ".modules_to_save" not in path
+            if isinstance(module, torch.nn.Linear) and not isinstance(module, Linear4bit) and not _PEFTS.search(path)
         ]
         config = {
             "load_in_4bit": True,
             "bnb_4bit_quant_type": self.options.quant_type,
             "bnb_4bit_use_double_quant": self.options.double_quant,
-            "bnb_4bit_compute_dtype": "bfloat16" if self.subject.precision.startswith("bf16") else "float32",
-            # What transformers would quantise and was not: linear layers outside of the blocks.
-            "llm_int8_skip_modules": sorted(path.removesuffix(".original_module") for path in left),
+            "bnb_4bit_compute_dtype": self._compute_dtype(),
+            # What transformers would quantise and was not: above all linear layers outside of the blocks.
+            "llm_int8_skip_modules": sorted(plain),
         }
         (folder / QUANTISATION).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

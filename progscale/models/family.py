@@ -92,6 +92,8 @@ class Family:
         min_tokens: what a config makes of the shortest batch: one of fewer tokens is padded to so many.
         check: refuses with a ModelError what this architecture cannot take, before time is spent: request, the model's
             config, tokenizer, section `train` of the run's config.
+        check_rows: refuses with a DataError rows that this architecture cannot read: request, the model's config, and the
+            tokenised splits by name.
         refuses: methods that this architecture cannot have, each with the reason.
         shared_blocks: the model applies each of its blocks several times.
         infer: finds base, embeddings, stacks and head of a model that has been built (on the meta device, perhaps), where
@@ -112,6 +114,7 @@ class Family:
     sublayers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     min_tokens: Callable[[Any], int] | None = None
     check: Callable[[ModelRequest, Any, Any, Train], None] | None = None
+    check_rows: Callable[[ModelRequest, Any, Mapping[str, Any]], None] | None = None
     refuses: Mapping[str, str] = field(default_factory=dict)
     shared_blocks: bool = False
     unused: tuple[str, ...] = ()

@@ -19,7 +19,7 @@ from progscale.errors import ModelError, nearest
 from progscale.models.architectures import ARCHITECTURES, architecture_config, find_architecture
 from progscale.models.family import FAMILIES, LANGUAGE_MODEL_HEADS, Family, HeadKind, ModelRequest
 from progscale.models.lookup import families_by_type, family_of
-from progscale.models.weights import checkpoint_files, find_safetensors, local_folder
+from progscale.models.weights import checkpoint_files, checkpoint_names, find_safetensors, local_folder
 
 if TYPE_CHECKING:
     import torch
@@ -213,6 +213,44 @@ def may_lack(info: ParameterInfo, head: HeadKind) -> bool:
     return info.unused or (info.replaceable and head not in LANGUAGE_MODEL_HEADS)
 
 
+def stored_otherwise(request: ModelRequest) -> bool:
+    """Whether transformers renames or cuts the tensors of this type of model while it loads them (esm, nomic_bert, gte, …)."""
+    try:
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    except ImportError:  # before transformers had it, names in files were names in models
+        return False
+    return bool(get_checkpoint_conversion_mapping(load_config(request).model_type))
+
+
+def missing_weights(request: ModelRequest, family: Family, model: Any, *, local_only: bool = False) -> frozenset[str]:
+    """Parameters of the base model's own head (a pooler) that its checkpoint lacks, and that begin with random weights.
+
+    What stands in pickle files, or under names that transformers converts, is not looked at.
+
+    Args:
+        request: which model.
+        family: of the model.
+        model: with or without weights, as transformers builds it.
+        local_only: look into a local folder alone, so that nothing is downloaded.
+
+    Raises:
+        ModelError: the files are damaged.
+    """
+    from safetensors import safe_open
+
+    if request.random_weights or family.load is not None or (local_only and local_folder(request.name) is None):
+        return frozenset()
+    parts = partition(model, family)
+    own = {name for name, info in parts.parameters.items() if info.replaceable and parts.base and name.startswith(parts.base)}
+    if not own or not find_safetensors(request.name, request.revision) or stored_otherwise(request):
+        return frozenset()
+    keys: list[str] = []
+    for path in checkpoint_files(request.name, request.revision):
+        with safe_open(path, framework="pt") as file:
+            keys += file.keys()
+    return frozenset(own - set(checkpoint_names(model, keys).values()))
+
+
 def _published_config(request: ModelRequest) -> PretrainedConfig:
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -356,6 +394,7 @@ def _fits(before: Any, value: Any, key: str) -> bool:
 def auto_class(request: ModelRequest, config: PretrainedConfig) -> Any:
     """The transformers auto class for the head; raises ModelError when the model type has no such head."""
     import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     auto = {
         "sequence_classification": transformers.AutoModelForSequenceClassification,
@@ -368,6 +407,11 @@ def auto_class(request: ModelRequest, config: PretrainedConfig) -> Any:
         raise ModelError(
             f"model '{request.name}': transformers has no {request.head.replace('_', ' ')} head for model type "
             f"'{config.model_type}'"
+        )
+    if request.head == "causal_lm" and config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_decoder:
+        raise ModelError(
+            f"model '{request.name}': a {config.model_type} model reads a text from both sides, so it sees the tokens that "
+            f"task 'causal_lm' asks it for; take a decoder (gpt2, llama, qwen, …)"
         )
     return auto
 

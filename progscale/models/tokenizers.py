@@ -67,7 +67,7 @@ def ensure_padding(tokenizer: Any) -> None:
         log.info("the tokenizer has no pad token: it pads with its end token '%s'", tokenizer.eos_token)
 
 
-def follow_tokenizer(model: Any, tokenizer: Any) -> None:
+def set_pad_token(model: Any, pad_token_id: int) -> None:
     """Makes a model's configs name the pad token of its tokenizer.
 
     A decoder's classifier looks for the last token before it, generation fills with it, and who loads the exported model needs
@@ -76,7 +76,7 @@ def follow_tokenizer(model: Any, tokenizer: Any) -> None:
     for name in ("config", "generation_config"):
         config: Any = getattr(model, name, None)
         if hasattr(config, "pad_token_id"):
-            config.pad_token_id = tokenizer.pad_token_id
+            config.pad_token_id = pad_token_id
 
 
 def drop_token_types(tokenizer: Any, config: Any) -> None:

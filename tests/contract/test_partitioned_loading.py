@@ -85,6 +85,29 @@ def test_trains_through_a_switch(two_ranks: TwoRanks, tmp_path: Path, checkpoint
         assert (weights[name] - value).abs().max().item() < 5e-5, name
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"dora": True}, {"init": "pissa", "rank": 4}, {"init": "orthogonal", "rank": 4}], ids=str
+)
+def test_low_rank_matrices_beside_what_was_never_whole(two_ranks: TwoRanks, tmp_path: Path, options: dict[str, Any]) -> None:
+    """DoRA and PiSSA compute with the weights that they stand beside, which are in parts by then."""
+    tiny_model("bert").save_pretrained(tmp_path)
+    given: dict[str, Any] = {"method": "lora", "method_options": options}
+    losses, weights = two_ranks.run("tests.harness.loading:train", path=str(tmp_path), **given)[0]
+    case: dict[str, Any] = {
+        "schedule": "progtuning",
+        "embeddings": "first_stage",
+        "stages": 2,
+        "steps": 4,
+        "blocks": 4,
+        "micro": 4,
+    }
+    expected = run(engine="plain", **case, **given)
+    assert losses == pytest.approx(expected.losses, abs=2e-6)
+    assert weights.keys() == expected.parameters.keys()
+    for name, value in expected.parameters.items():
+        assert (weights[name] - value).abs().max().item() < 5e-5, name
+
+
 def test_a_family_that_is_found_in_the_model_itself(two_ranks: TwoRanks, tmp_path: Path) -> None:
     tiny_model("mpnet").save_pretrained(tmp_path)
     named, found = (two_ranks.run(LOAD, path=str(tmp_path), seed=7, family=family)[0] for family in ("mpnet", "generic"))

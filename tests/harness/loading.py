@@ -7,8 +7,10 @@ from typing import Any
 import torch
 
 from progscale.engine.launch import make_accelerator, set_up_cpu
-from progscale.engine.loading import load_module
+from progscale.engine.loading import load_module, whole_for_peft
+from progscale.layers import seeded
 from progscale.learning_rate import LearningRate
+from progscale.methods import Subject, make_method
 from progscale.models import HeadKind, ModelRequest, find_family
 from tests.harness.cases import ENGINES, builds_of, make_engine, reset_accelerate
 from tests.harness.moves import everywhere, take_steps
@@ -42,18 +44,23 @@ def load(
     return {**found, "generation": getattr(module, "generation_config", None)}
 
 
-def train(path: str, checkpointing: bool = False) -> tuple[list[float], dict[str, torch.Tensor]]:
+def train(
+    path: str, checkpointing: bool = False, method: str = "full", method_options: dict[str, Any] | None = None
+) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses and weights of two stages of a checkpoint that was loaded in partitions."""
     set_up_cpu(1)
     reset_accelerate()
     make_accelerator(deepspeed=ENGINES["zero3"])
     wanted = ModelRequest(path, head="sequence_classification")
     module: Any = load_module(wanted, find_family(wanted), ENGINES["zero3"])
+    trained = make_method(method, Subject(find_family(wanted)), method_options)
+    with seeded(0), whole_for_peft(ENGINES["zero3"]):
+        module = trained.prepare(module)
     if checkpointing:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     module.train()
     made = make_engine(module, "zero3")
-    _, builds = builds_of(module, "progtuning", "first_stage", 2, 4, {})
+    _, builds = builds_of(module, "progtuning", "first_stage", 2, 4, {}, trained)
     curve, losses = LearningRate(1e-3, "linear", 4, warmup_steps=1, final_fraction=0.1), []
     for build in builds:
         made.begin_stage(build)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,14 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from progscale.blocks import partition
 from progscale.export import load_exported, merge_exported
+from progscale.methods import Subject, make_method
+from progscale.models.family import FAMILIES
 from tests.harness.language import model_folder, sentences, word_tokenizer, write_jsonl
 from tests.harness.programs import Answer, in_process, records, settings, summary_of
 from tests.integration.test_resume import Told, same_run
+from tests.tiny import tiny_model
 
 # Four steps in two stages.
 COMMON: dict[str, Any] = {
@@ -147,7 +152,11 @@ def test_methods_on_an_encoder_decoder(tmp_path: Path, method: str) -> None:
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_an_encoder_decoder_on_pairs_stopped_and_resumed(told: type[Told], tmp_path: Path, beams: int) -> None:
+    """Whatever its published generation config asks for, one text is written for each row."""
     model = model_folder(tmp_path / "t5", "t5", "seq2seq_lm", tie_word_embeddings=False)
+    published = json.loads((model / "generation_config.json").read_text())
+    published |= {"return_dict_in_generate": True, "num_beams": 3, "num_return_sequences": 2}
+    (model / "generation_config.json").write_text(json.dumps(published))
     run = {**summaries(tmp_path), "model__name": str(model), "task__source_prefix": "summarize : ", "task__num_beams": beams}
     whole = train(tmp_path / "whole", **run)
     assert whole.code == 0, whole.err
@@ -197,8 +206,11 @@ def test_what_a_decoder_writes_is_scored(tmp_path: Path) -> None:
     assert len(records(tmp_path / "a", "evaluation")) == 1
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "t5"])
-def test_classification(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [*product(["gpt2", "llama", "qwen3", "t5"], ["full"]), ("gpt2", "lora"), ("llama", "adapter"), ("t5", "lora")],
+)
+def test_classification(tmp_path: Path, family: str, method: str) -> None:
     """A decoder takes the last token that is no padding, so an exported model must say the same about a text alone."""
     tokenizer = word_tokenizer(pad=family == "t5", ends=family == "t5")
     model = model_folder(
@@ -218,16 +230,44 @@ def test_classification(tmp_path: Path, family: str) -> None:
             "task__text_columns": ["text"],
             "task__validation_fraction": 0.2,
         },
-        **{"model__name": str(model), "train__epochs": 1},
+        **{"model__name": str(model), "train__epochs": 1, "method__name": method},
     )
     assert answer.code == 0, answer.err
-    exported = AutoModelForSequenceClassification.from_pretrained(tmp_path / "a" / "model").eval()
+    exported: Any = load_exported(tmp_path / "a" / "model")
+    if method == "full":
+        exported = AutoModelForSequenceClassification.from_pretrained(tmp_path / "a" / "model").eval()
+    elif method == "lora":
+        merge_exported(tmp_path / "a" / "model", tmp_path / "merged")
+        merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+        assert merged.config.pad_token_id == exported.config.pad_token_id
     own = AutoTokenizer.from_pretrained(tmp_path / "a" / "model")
     assert exported.config.pad_token_id == own.pad_token_id == (0 if family == "t5" else 1)
     with torch.no_grad():
         alone = torch.cat([exported(**own(text, return_tensors="pt")).logits for text in texts[:6]])
         together = exported(**own(texts[:6], return_tensors="pt", padding=True, padding_side="right")).logits
     assert torch.allclose(alone, together, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["adapter", "lora"])
+def test_answers_in_a_text_by_an_encoder_decoder(tmp_path: Path, method: str) -> None:
+    """With this head the model is its own base: the spans' layer is new, the norms above the blocks are not."""
+    model = tiny_model("t5", "question_answering")
+    prepared = make_method(method, Subject(FAMILIES.get("t5"), "question_answering"), {}).prepare(model)
+    parts = partition(prepared, FAMILIES.get("t5"))
+    trained = make_method(method, Subject(FAMILIES.get("t5"), "question_answering"), {}).tensors(parts)
+    head = {name.replace(".modules_to_save.default", "") for name in trained & set(parts.names("head"))}
+    assert {name.removeprefix("base_model.model.") for name in head} == {"qa_outputs.weight", "qa_outputs.bias"}
+
+
+def test_a_text_that_holds_the_end_token(tmp_path: Path) -> None:
+    model = model_folder(tmp_path / "t5", "t5", "seq2seq_lm", pad_token_id=0)
+    end = AutoTokenizer.from_pretrained(model).eos_token
+    texts = sentences(40)
+    data = write_jsonl(tmp_path / "data.jsonl", text=[*texts[:7], f"w1 {end} w2", *texts[8:]], label=[i % 2 for i in range(40)])
+    table = {"task__name": "table", "task__train_file": str(data), "task__text_columns": ["text"]}
+    answer = train(tmp_path, **table, task__validation_file=str(data), model__name=str(model))
+    assert answer.code == 2
+    assert "train: row 7 has 2 end tokens" in answer.err and "(1 rows have another number)" in answer.err
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from progscale.export import load_exported
+from progscale.config import load_config
+from progscale.errors import ModelError
+from progscale.export import load_exported, merge_exported
 from progscale.methods import METHODS
+from progscale.setup import prepare
 from progscale.tasks.demo import demo_sentences
 from tests.harness.programs import TWO, config_file, in_process, launched, records, settings, summary_of
+from tests.harness.tables import OWN_TABLE, write_table
+from tests.tiny import tiny_model
 
 PEFT = [name for name in METHODS.names() if name != "full"]
 
@@ -68,6 +74,13 @@ def test_merge(tmp_path: Path) -> None:
     assert score(plain, tmp_path / "merged")[1] == pytest.approx(summary_of(tmp_path / "a")["metrics"]["loss"], abs=1e-5)
     (tmp_path / "a").rename(tmp_path / "b")
     assert in_process("merge", str(tmp_path / "b" / "model"), str(tmp_path / "again")).code == 0, "its base model moved with it"
+    # Another run begins with other weights where the first one had its own.
+    shutil.copytree(tmp_path / "b" / "base_model", tmp_path / "a" / "base_model")
+    file = tmp_path / "a" / "base_model" / "model.safetensors"
+    save_file({name: value + 1 for name, value in load_file(file).items()}, file, {"format": "pt"})
+    own = score(load_exported(tmp_path / "b" / "model"), tmp_path / "b" / "model")[1]
+    assert own == pytest.approx(score(plain, tmp_path / "merged")[1], abs=1e-5)
+    shutil.rmtree(tmp_path / "a")
     (tmp_path / "b").rename(tmp_path / "a")
     (tmp_path / "a" / "base_model").rename(tmp_path / "elsewhere")
     for arguments, says in (
@@ -152,3 +165,64 @@ def test_two_processes(tmp_path: Path, name: str, engine: str) -> None:
     answer = launched(tmp_path, [*config_file("zero3"), *settings(run__name="b"), *method("qlora")], launcher=TWO)
     assert answer.code != 0
     assert "'qlora' and ZeRO-3 do not go together" in answer.err
+
+
+@pytest.mark.parametrize("name", ["adapter", "bitfit", "lora", "qlora"])
+def test_a_checkpoint_without_a_pooler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """As models saved with a masked-language head have none: it begins with random weights, so it is trained and exported."""
+    monkeypatch.chdir(tmp_path)
+    write_table(tmp_path)
+    tiny_model("bert", vocab_size=256).base_model.save_pretrained("model")
+    weights = load_file("model/model.safetensors")
+    save_file({key: value for key, value in weights.items() if "pooler" not in key}, "model/model.safetensors", {"format": "pt"})
+    for options in ([], ["--dry-run"]):
+        answer = in_process("train", *settings(**OWN_TABLE), *method(name), *options)
+        assert answer.code == 0, answer.err
+    summary = summary_of(tmp_path / "runs" / "a")
+    assert summary["stages"][-1]["updated_parameters"] == summary["stages"][-1]["planned_updated_parameters"]
+    exported = load_exported("runs/a/model")
+    tokenizer = AutoTokenizer.from_pretrained("runs/a/model")
+    rows = [json.loads(line) for line in Path("dev.jsonl").read_text().splitlines()]
+    with torch.no_grad():
+        logits = exported(**tokenizer([row["text"] for row in rows], padding=True, return_tensors="pt")).logits
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor([row["verdict"] for row in rows]))
+    assert loss.item() == pytest.approx(summary["metrics"]["loss"], abs=1e-5)
+    if name == "lora":
+        merge_exported("runs/a/model", "merged")
+        merged = AutoModelForSequenceClassification.from_pretrained("merged").eval()
+        trained = exported.get_parameter("base_model.model.bert.pooler.modules_to_save.default.dense.weight")
+        assert torch.equal(merged.bert.pooler.dense.weight, trained)
+
+
+def test_what_a_method_refuses_is_refused_before_the_data_is_tokenised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def late(*arguments: Any) -> None:
+        raise AssertionError("tokenised")
+
+    monkeypatch.setattr("progscale.tasks.demo.DemoTask.tokenize", late)
+    for changes, says in (
+        ({"method__name": "lora", "method__options": {"targets": ["qery"]}}, "method.options.targets: 'qery' is no module"),
+        ({"schedule__name": "custom", "schedule__stages": ..., "schedule__first_blocks": [0, 3, 7]}, "7 is not a block"),
+        ({"train__global_batch_size": 30, "train__gradient_accumulation_steps": 4}, "train.gradient_accumulation_steps"),
+    ):
+        answer = in_process("train", *settings(run__output_dir=str(tmp_path), **changes))
+        assert answer.code == 2
+        assert says in answer.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_cannot_begin_leaves_its_folder_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Weights that do not load are found before the folder is touched; whatever comes later lets go of it."""
+    config = load_config([], settings(run__output_dir=str(tmp_path))[1::2])
+
+    def broken(*arguments: Any, **options: Any) -> None:
+        raise ModelError("broken")
+
+    monkeypatch.setattr("progscale.setup.load_module", broken)
+    with pytest.raises(ModelError, match="broken"):
+        prepare(config)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    monkeypatch.setattr("progscale.setup.create_engine", broken)
+    for _ in range(2):
+        with pytest.raises(ModelError, match="broken"):
+            prepare(config)

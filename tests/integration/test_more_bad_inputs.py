@@ -269,6 +269,19 @@ def test_configs_of_models(own: dict[str, Any], tmp_path: Path, config: dict[str
     refused(dry(own), message)
 
 
+def test_a_plan_of_a_model_that_brings_code(own: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    classes = {"AutoConfig": "mine.C", "AutoModelForSequenceClassification": "mine.M"}
+    path.write_text(json.dumps({**config, "model_type": "mine", "auto_map": classes}))
+    lines = ["import transformers as t", "class C(t.BertConfig):", "    model_type = 'mine'"]
+    lines += ["class M(t.BertForSequenceClassification):", "    config_class = C", ""]
+    (tmp_path / "model" / "mine.py").write_text("\n".join(lines))
+    plan = ("plan", "--model", "model", "--set", "model.family=bert")
+    refused(in_process(*plan), "which is only run with --trust-remote-code on the command line")
+    assert in_process(*plan, "--trust-remote-code").code == 0
+
+
 @pytest.mark.parametrize(
     ("model_type", "message"),
     [

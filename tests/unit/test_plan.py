@@ -154,6 +154,18 @@ def test_a_growing_prefix_is_never_cached() -> None:
     assert compute_share(plan, cache=True) == compute_share(plan)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "options", "stage"),
+    [("without_low_blocks", {}, 3), ("custom", {"first_blocks": [0, 12, 6]}, 2)],
+)
+def test_a_stage_in_which_the_method_trains_nothing(schedule: str, options: dict[str, Any], stage: int) -> None:
+    """The head of a language model is part of what was pretrained: with LoRA it is frozen."""
+    says = rf"stage {stage} of '{schedule}' has nothing to train: method 'lora' .* \(0 blocks.*keep a block"
+    with pytest.raises(ScheduleError, match=says):
+        plan_for("gpt2", schedule=schedule, options=options, stages=3, head="causal_lm", method="lora", embeddings="never")
+    plan_for("gpt2", schedule=schedule, options=options, stages=3, head="causal_lm", embeddings="never")
+
+
 def test_state_bytes() -> None:
     mixed = state_bytes(1000, 1000, precision="bf16")
     assert (mixed.weights, mixed.gradients, mixed.optimizer, mixed.total) == (2000, 2000, 12000, 16000)

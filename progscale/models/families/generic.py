@@ -50,7 +50,7 @@ def infer(model: nn.Module) -> Places:
             f"has num_hidden_layers {layers}; blocks that are applied several times cannot be frozen one by one.\n"
             f"{how_to_register(model)}"
         )
-    before, after = _around(base, path)
+    before, after = _around(base, path, base_is_model=base is model)
     return Places(base_name if base is not model else "", tuple(before), {"blocks": path}, tuple(after))
 
 
@@ -77,7 +77,7 @@ def _alike(blocks: nn.ModuleList) -> bool:
     return len({type(block) for block in blocks}) == 1 and len({id(block) for block in blocks}) == len(blocks)
 
 
-def _around(base: nn.Module, path: str) -> tuple[list[str], list[str]]:
+def _around(base: nn.Module, path: str, *, base_is_model: bool) -> tuple[list[str], list[str]]:
     """Paths of what has parameters beside the blocks: embeddings, head."""
     from torch import nn
 
@@ -97,8 +97,9 @@ def _around(base: nn.Module, path: str) -> tuple[list[str], list[str]]:
                 own = [f"{key}.{parameter}" for parameter, _ in owner.named_parameters(recurse=False)]
                 whole = len(own) == len(list(owner.parameters()))
                 part = head if behind and not isinstance(owner, nn.Embedding) else embeddings
-                # A checkpoint of a model with another head often has no pooler.
-                optional = "?" if name.startswith("pooler") else ""
+                # A checkpoint of a model with another head often has no pooler; and beside the blocks of a model that is its
+                # own base stands the task's head.
+                optional = "?" if part is head and (base_is_model or name.startswith("pooler")) else ""
                 part += [one + optional for one in ([key] if own and whole else own)]
         module, above = module.get_submodule(step), f"{above}{step}."
     return embeddings, head

@@ -3,9 +3,11 @@
 The first block of each stack holds the table of relative positions that all its blocks use: it goes with the embeddings.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
-from progscale.models.family import Family, register_family
+from progscale.errors import DataError
+from progscale.models.family import Family, ModelRequest, register_family
 
 
 def untie(model: Any) -> None:
@@ -27,6 +29,27 @@ def untie(model: Any) -> None:
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
+def check_rows(request: ModelRequest, config: Any, splits: Mapping[str, Any]) -> None:
+    """Refuses rows that a classifier cannot read: it takes what the decoder says at the one end token of each row.
+
+    Raises:
+        DataError: naming the first of them.
+    """
+    if request.head != "sequence_classification":
+        return
+    import numpy as np
+
+    for name, split in splits.items():
+        ids = split.columns["input_ids"]
+        ends = np.add.reduceat((ids.values == config.eos_token_id).astype(np.int64), ids.offsets[:-1])
+        wrong = np.flatnonzero(ends != 1)
+        if len(wrong):
+            raise DataError(
+                f"{name}: row {wrong[0]} has {ends[wrong[0]]} end tokens (id {config.eos_token_id}); a t5 classifier needs one "
+                f"in each row ({len(wrong)} rows have another number): texts without '</s>', and a tokenizer that ends each so"
+            )
+
+
 register_family(
     Family(
         name="t5",
@@ -43,6 +66,7 @@ register_family(
         stacks={"encoder": "encoder.block", "decoder": "decoder.block"},
         head=("encoder.final_layer_norm", "decoder.final_layer_norm", "lm_head?", "qa_outputs?"),
         adapt=untie,
+        check_rows=check_rows,
         projections=("SelfAttention.q", "SelfAttention.v", "EncDecAttention.q", "EncDecAttention.v"),
         sublayers={
             "encoder": ("layer.0.dropout", "layer.1.dropout"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +13,9 @@ import torch
 from progscale.blocks import partition
 from progscale.config import Config, load_config
 from progscale.errors import ModelError
+from progscale.methods import Subject, make_method
 from progscale.methods.qlora import QLora, QLoraOptions
-from progscale.models.family import FAMILIES
+from progscale.models.family import FAMILIES, Family
 from progscale.names import name_faults
 from tests.harness.refused import accepted
 from tests.tiny import method_for, tiny_model
@@ -144,3 +147,32 @@ def test_zero_2_is_no_fault() -> None:
     config = load_config([{"method": {"name": "qlora"}, "engine": {"deepspeed": {"zero_optimization": {"stage": 2}}}}])
     assert name_faults(config) == []
     assert QLora.refusals(QLoraOptions(), Config()) == []
+
+
+def test_all_linear_layers_are_those_of_the_blocks_alone() -> None:
+    """PEFT looks at the end of a path: what stands directly in a block must not be found elsewhere."""
+
+    class Flat(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens = torch.nn.Embedding(11, 4)
+            self.layers = torch.nn.ModuleList(torch.nn.ModuleDict({"dense": torch.nn.Linear(4, 4)}) for _ in range(2))
+            self.pooler = torch.nn.ModuleDict({"dense": torch.nn.Linear(4, 4)})
+
+    family = Family("flat", (), base="", embeddings=("tokens",), stacks={"blocks": "layers"}, head=("pooler",))
+    with pytest.raises(ModelError, match="'dense' is also 'pooler.dense', which lies outside of the blocks"):
+        make_method("lora", Subject(family), {"targets": "all-linear"}).prepare(Flat())
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", "float32"), ("bf16", "bfloat16"), ("fp16", "float16")])
+def test_what_the_exported_folder_says(precision: str, dtype: str, tmp_path: Path) -> None:
+    """The base model's revision, and the dtype that the quantised layers computed in."""
+    method = make_method("qlora", Subject(FAMILIES.get("bert"), base="somebody/bert", precision=precision, revision="v2"), {})
+    model = method.prepare(tiny_model("bert"))
+    names = method.exported(partition(model, FAMILIES.get("bert")))
+    method.save(model, {name: value for name, value in model.named_parameters() if name in names}, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("somebody/bert", "v2")
+    quantised = json.loads((tmp_path / "quantization_config.json").read_text())
+    assert quantised["bnb_4bit_compute_dtype"] == dtype
+    assert quantised["llm_int8_skip_modules"] == ["bert.pooler.dense", "classifier"]

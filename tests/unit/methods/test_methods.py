@@ -14,7 +14,7 @@ import torch
 from progscale.blocks import partition
 from progscale.errors import ModelError, UserError
 from progscale.export import describe, export_model, load_exported, merge_exported
-from progscale.layers import seeded
+from progscale.layers import dequantise, seeded
 from progscale.methods import METHODS, Method, live_parameters, make_method
 from progscale.methods.base import Subject
 from progscale.models.family import FAMILIES, ModelRequest
@@ -22,6 +22,7 @@ from progscale.models.loading import load_model
 from progscale.schedule import Stage
 from progscale.tasks.demo import demo_tokenizer
 from tests.harness.cases import end_token, make_engine
+from tests.harness.programs import in_process
 from tests.harness.refused import accepted
 from tests.tiny import method_for, tiny_model
 
@@ -128,6 +129,21 @@ def test_each_family(name: str, family: str) -> None:
     assert difference < (0.05 if name == "qlora" else 1e-4)
 
 
+@pytest.mark.parametrize(("name", "family"), accepted(["qlora"]))
+def test_quantised_layers_compute_with_the_values_that_merging_takes(name: str, family: str) -> None:
+    """No layer looks at the dtype of the codes (as T5's feed-forward does), and every weight there gets a gradient."""
+    method, plain = method_for(family, name, targets="all-linear"), tiny_model(family)
+    model: Any = method.prepare(plain).eval()
+    whole = copy.deepcopy(model)
+    dequantise(whole)
+    inputs = {**INPUTS, "input_ids": torch.where(TOKENS[:, -1:] == TOKENS, end_token(plain.config) or TOKENS, TOKENS)}
+    logits = model(**inputs).logits
+    with torch.no_grad():
+        assert (whole(**inputs).logits - logits).abs().max() < 1e-5
+    logits.sum().backward()
+    assert all(value.grad is not None for key, value in model.named_parameters() if ".lora_B" in key)
+
+
 def trained(
     name: str, base: Path, options: dict[str, Any], save: Callable[[Any, Method[Any], ModelRequest], None]
 ) -> torch.Tensor:
@@ -153,17 +169,23 @@ def base(tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
-@pytest.mark.parametrize(("name", "options"), VARIANTS, ids=str)
-def test_export(name: str, options: dict[str, Any], base: Path, tmp_path: Path) -> None:
-    """What is exported computes what was trained: by `load_exported`, by plain PEFT, and merged by plain transformers."""
+def export_of(name: str, base: Path, folder: Path, options: dict[str, Any] | None = None) -> torch.Tensor:
+    """Exports what `trained` has made; its logits."""
 
     def save(model: Any, method: Method[Any], request: ModelRequest) -> None:
         engine = make_engine(model, "plain")
         names = method.exported(partition(model, FAMILIES.get("bert")))
         about = describe(method, request)
-        export_model(engine, demo_tokenizer(), tmp_path / "model", save=method.save, names=names, about=about)
+        export_model(engine, demo_tokenizer(), folder, save=method.save, names=names, about=about)
 
-    wanted = trained(name, base, options, save)
+    return trained(name, base, options or {}, save)
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS, ids=str)
+def test_export(name: str, options: dict[str, Any], base: Path, tmp_path: Path) -> None:
+    """What is exported computes what was trained: by `load_exported`, by plain PEFT, and merged by plain transformers."""
+
+    wanted = export_of(name, base, tmp_path / "model", options)
     with torch.no_grad():
         found = load_exported(tmp_path / "model")(**INPUTS).logits
     assert (found - wanted).abs().max() < 1e-5
@@ -184,6 +206,17 @@ def test_export(name: str, options: dict[str, Any], base: Path, tmp_path: Path) 
     else:
         with pytest.raises(ModelError, match="cannot be merged"):
             merge_exported(tmp_path / "model", tmp_path / "merged")
+
+
+def test_a_base_model_in_pickle_files(base: Path, tmp_path: Path) -> None:
+    """What the run was allowed to read, its export is read with, if that is allowed again."""
+    export_of("lora", base, tmp_path / "model")
+    torch.save(load_model(ModelRequest(str(base), head="sequence_classification")).state_dict(), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    model, merged = str(tmp_path / "model"), str(tmp_path / "merged")
+    assert "only loaded with --allow-pickle on the command line" in in_process("merge", model, merged).err
+    assert in_process("merge", model, merged, "--allow-pickle").code == 0
+    load_exported(model, allow_pickle=True)
 
 
 @torch.no_grad()

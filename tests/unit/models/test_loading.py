@@ -189,6 +189,16 @@ def test_what_a_checkpoint_may_lack(tmp_path: Path, family: str, lacking: str, r
         load_model(ModelRequest(str(tmp_path), head=CLASSIFY))
 
 
+def test_an_encoder_is_no_causal_language_model(saved: Callable[..., Path], edit_config: Callable[..., None]) -> None:
+    """transformers builds one, which sees the tokens that it is asked for."""
+    request = ModelRequest("bert-base-uncased", head="causal_lm", random_weights=True)
+    with pytest.raises(ModelError, match=r"a bert model reads a text from both sides, .*take a decoder"):
+        build_meta(request)
+    folder = saved("bert")
+    edit_config(folder, is_decoder=True)
+    build_meta(ModelRequest(str(folder), head="causal_lm"))
+
+
 def test_fewer_blocks_may_be_asked_for(saved: Callable[..., Path]) -> None:
     model = load_model(ModelRequest(str(saved()), head=CLASSIFY, overrides={"num_hidden_layers": 2}))
     assert len(model.bert.encoder.layer) == 2  # type: ignore[union-attr, arg-type]

@@ -12,7 +12,7 @@ from transformers import AutoConfig, BertTokenizerFast
 
 from progscale.errors import ModelError
 from progscale.models import check_tokenizer, family_of, load_tokenizer, max_tokens
-from progscale.models.tokenizers import drop_token_types, ensure_padding, follow_tokenizer
+from progscale.models.tokenizers import drop_token_types, ensure_padding, set_pad_token
 from tests.harness.language import word_tokenizer
 from tests.tiny import tiny_config, tiny_model
 from tests.unit.models.conftest import WORDS
@@ -116,6 +116,6 @@ def test_a_tokenizer_without_a_pad_token_pads_with_its_end_token(caplog: pytest.
 def test_a_model_pads_like_its_tokenizer() -> None:
     """After it was built: an embedding that knows of a pad token keeps the gradient of that row at zero."""
     model = tiny_model("llama", "causal_lm", pad_token_id=None)
-    follow_tokenizer(model, word_tokenizer())
+    set_pad_token(model, word_tokenizer().pad_token_id)
     assert model.config.pad_token_id == model.generation_config.pad_token_id == 0
     assert model.model.embed_tokens.padding_idx is None
