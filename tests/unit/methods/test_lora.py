@@ -160,7 +160,7 @@ def test_all_linear_layers_are_those_of_the_blocks_alone() -> None:
             self.pooler = torch.nn.ModuleDict({"dense": torch.nn.Linear(4, 4)})
 
     family = Family("flat", (), base="", embeddings=("tokens",), stacks={"blocks": "layers"}, head=("pooler",))
-    with pytest.raises(ModelError, match="'dense' is also 'pooler.dense', which lies outside of the blocks"):
+    with pytest.raises(ModelError, match=r"'dense' is also 'pooler\.dense', which lies outside of the blocks"):
         make_method("lora", Subject(family), {"targets": "all-linear"}).prepare(Flat())
 
 
