@@ -121,6 +121,7 @@ class Engine(ABC):
         self.settings = settings
         self.accelerator = accelerator
         self.build: StageBuild | None = None
+        self._state_checked = False
         # Names never change, the tensors behind them neither: looked up once.
         self.parameters: dict[str, torch.nn.Parameter] = dict(module.named_parameters())
         # Keys and values of a whole sequence are kept for what comes after it, and in training nothing does.
@@ -162,7 +163,8 @@ class Engine(ABC):
             self.build = build
             return Switch(False, time.perf_counter() - start, "none")
         first = self.build is None
-        old = [] if first else self.shards()
+        # What freezes need not stay in memory while the next stage is built.
+        old = [] if first else [shard for shard in self.shards() if any(piece.name in build.live for piece in shard.pieces)]
         scale = None if first else self.scaler_state()
         if not first:
             self._release()
@@ -249,6 +251,11 @@ class Engine(ABC):
             fault = "loss" if bad_loss else "gradient"
             return StepResult(loss, grad_norm, False, fault, tuple(bad_loss or bad_gradient), notices)
         applied = self._apply(learning_rate, grad_norm)
+        if applied and not self._state_checked:
+            # What an optimizer of somebody else keeps shows with its first step, and is wanted at the end of the stage.
+            for shard in self.shards():
+                shard.scalars()
+            self._state_checked = True
         # Nothing but the loss scale may leave out a step whose gradient is finite.
         fault = None if applied or self.scales_loss else "gradient"
         return StepResult(loss, grad_norm, applied, fault, notices=notices)

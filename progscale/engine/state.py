@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from progscale.errors import UserError
 from progscale.optimizers import BLOCK, AdamW, Optimizer
 
 MASTER = "master"
@@ -82,7 +83,7 @@ class Shard:
         """The state that is one number for the whole tensor ("step").
 
         Raises:
-            TypeError: the optimizer keeps a tensor that it does not say anything of.
+            UserError: the optimizer keeps a tensor that it does not say anything of, or does not count its steps.
         """
         known = {*self.optimizer.moments}
         known |= {name for entry in self.optimizer.blockwise.values() for name in (entry.scales, entry.table)}
@@ -90,8 +91,16 @@ class Shard:
         for key, value in self.state.items():
             if key not in known and isinstance(value, int | float | torch.Tensor):
                 if isinstance(value, torch.Tensor) and value.numel() > 1:
-                    raise TypeError(f"the state '{key}' of the optimizer {self.optimizer.name} is in none of its `moments`")
+                    raise UserError(
+                        f"optimizer.name: '{self.optimizer.name}' keeps a state '{key}' that is in none of its `moments`, so it "
+                        f"would be lost at the next stage; it must name all that it keeps"
+                    )
                 found[key] = float(value)
+        if self.state and "step" not in found:
+            raise UserError(
+                f"optimizer.name: '{self.optimizer.name}' keeps no 'step' (the steps it has taken on a tensor), by which updated "
+                f"parameters are counted"
+            )
         return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import pytest
@@ -21,7 +22,14 @@ from progscale.engine.state import (
     move_shard,
     slices_of,
 )
+from progscale.errors import UserError
+from progscale.learning_rate import LearningRate
+from progscale.optim import StageBuild
+from progscale.optimizers import AdamW
+from tests.harness.cases import builds_of, make_engine, run
 from tests.harness.layouts import layouts
+from tests.harness.moves import take_steps
+from tests.tiny import tiny_model
 
 SIZES = {"a": 7, "b": 12, "c": 1, "d": 30}
 CPU = torch.device("cpu")
@@ -82,10 +90,13 @@ def test_slices_are_views() -> None:
 
 
 def test_state_that_nobody_knows_of_is_an_error() -> None:
-    """Left out, it would be lost with the first checkpoint."""
+    """Left out, it would be lost with the first checkpoint; and without a count of steps nobody knows what was updated."""
     one = shard(("a", 0, 7))
     one.state["max_exp_avg_sq"] = torch.zeros(7)
-    with pytest.raises(TypeError, match="'max_exp_avg_sq' of the optimizer adamw is in none of its `moments`"):
+    with pytest.raises(UserError, match="'adamw' keeps a state 'max_exp_avg_sq' that is in none of its `moments`"):
+        list(slices_of([one]))
+    del one.state["max_exp_avg_sq"], one.state["step"]
+    with pytest.raises(UserError, match="'adamw' keeps no 'step'"):
         list(slices_of([one]))
 
 
@@ -165,3 +176,29 @@ def test_state_before_the_first_step_is_weights_alone() -> None:
     redistribute_alone([source], [target])
     assert target.tensor.equal(value_of("a", MASTER))
     assert target.state == {}
+
+
+def test_what_an_optimizer_does_not_name_is_found_at_its_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at the end of the first stage."""
+    monkeypatch.setattr(AdamW, "moments", ("exp_avg",))
+    with pytest.raises(UserError, match="keeps a state 'exp_avg_sq' that is in none of its `moments`"):
+        run(engine="plain", stages=1, steps=1, blocks=2)
+
+
+def test_state_of_what_freezes_is_gone_before_the_next_stage_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = tiny_model("bert", blocks=2)
+    engine = make_engine(module, "plain")
+    _, builds = builds_of(module, "progtuning", "first_stage", 2, 2, {})
+    engine.begin_stage(builds[0])
+    take_steps(engine, builds[0], 8, 2, int(module.config.vocab_size), LearningRate(1e-3, "constant", 2))
+    old = {piece.name: weakref.ref(shard.state["exp_avg"]) for shard in engine.shards() for piece in shard.pieces}
+    alive: set[str] = set()
+    build = engine._build
+
+    def watched(following: StageBuild) -> None:
+        alive.update(name for name, moment in old.items() if moment() is not None)
+        build(following)
+
+    monkeypatch.setattr(engine, "_build", watched)
+    engine.begin_stage(builds[1])
+    assert alive == builds[1].live < set(old)
