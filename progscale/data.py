@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from progscale.errors import DataError, ModelError
+from progscale.signals import SIGNALS
 from progscale.tasks.base import IGNORED, Tokenized, evaluate_task
 from progscale.tasks.ragged import Ragged
 
@@ -381,9 +382,8 @@ def _unchanged(batch: Any) -> Any:
 
 def _ignore_signals(worker: int) -> None:
     """A signal is for the run, which ends its workers itself: one that dies first would look like a fault."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def eval_batches(

@@ -237,8 +237,14 @@ class Saver:
         if size <= self._copy.numel():
             return
 
+        # A save that is being written holds the buffer, and so may the thread before this one.
+        before = [self._reserving, None if self._pending is None else self._pending.thread]
+
         def fill() -> None:
-            if self._allocate(size):
+            for thread in before:
+                if thread is not None:
+                    thread.join()
+            if size > self._copy.numel() and self._allocate(size):
                 self._copy.zero_()
 
         self._reserving = threading.Thread(target=fill, name="checkpoint buffer", daemon=True)

@@ -17,7 +17,6 @@ TRANSLATED_KEYS = frozenset({*BATCH_KEYS, "gradient_clipping", "optimizer", "sch
 # Handed on as they are.
 LITERAL_KEYS = frozenset(
     {
-        "aio",
         "comms_logger",
         "communication_data_type",
         "data_types",
@@ -50,6 +49,7 @@ _MONITOR = "DeepSpeed's monitors begin anew at each stage; a run's metrics.jsonl
 
 REFUSED_KEYS = {
     "activation_checkpointing": "it has no effect on transformers models; use train.gradient_checkpointing",
+    "aio": 'it is for offload to NVMe, which is not supported; offload to "cpu"',
     "amp": f"{_GONE}; use train.precision",
     "autotuning": "it starts runs of its own; choose the batch sizes in the train section",
     "check_overflow": "the engine checks every gradient before the step; see train.nonfinite",
@@ -167,8 +167,8 @@ FIXED: dict[tuple[str, ...], tuple[object, str]] = {
     ("zero_optimization", "zero_quantized_gradients"): (False, _UNPROVEN),
     ("zero_optimization", "zero_quantized_nontrainable_weights"): (False, _UNPROVEN),
     ("zero_optimization", "zero_quantized_weights"): (False, _UNPROVEN),
-    ("zero_allow_untested_optimizer",): (True, "the optimizer is torch's AdamW"),
-    ("zero_force_ds_cpu_optimizer",): (False, "the optimizer is torch's AdamW, fused on a CPU too"),
+    ("zero_allow_untested_optimizer",): (True, "the optimizer is torch's or bitsandbytes', in DeepSpeed's words an untested one"),
+    ("zero_force_ds_cpu_optimizer",): (False, "the optimizer is torch's or bitsandbytes', torch's fused on a CPU too"),
 }
 
 OFFLOAD_OPTIMIZER_KEYS = frozenset(
