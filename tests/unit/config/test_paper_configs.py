@@ -47,7 +47,7 @@ PEFT_EPOCHS = {
 LORA_BATCH = dict(zip(TASKS, (32, 16, 16, 32, 16, 32, 16, 16), strict=True))
 LORA_LR = dict(zip(TASKS, (4e-4, 5e-4, 4e-4, 4e-4, 5e-4, 5e-4, 5e-4, 4e-4), strict=True))
 # Of the command `plan`.
-OPTIONS = argparse.Namespace(head=None, num_labels=None, trust_remote_code=False)
+PLAN_OPTIONS = argparse.Namespace(head=None, num_labels=None, trust_remote_code=False)
 
 
 def expected() -> dict[str, tuple[str, str, str, str, int]]:
@@ -133,7 +133,7 @@ def test_a_cell_plans_the_papers_updated_parameters(cell: str) -> None:
     config = config_of(cell)
     row = row_of(config)
     assert row.epochs == config.train.epochs
-    plan = plan_of(config, OPTIONS)
+    plan = plan_of(config, PLAN_OPTIONS)
     baseline, updated = float(plan.baseline_updated_parameters) / 1e6, float(plan.updated_parameters) / 1e6
     if row.paper_baseline is not None:
         assert baseline == pytest.approx(row.paper_baseline, abs=TOLERANCE)
@@ -151,7 +151,7 @@ def test_a_cell_plans_the_papers_updated_parameters(cell: str) -> None:
 
 @pytest.mark.parametrize(("kind", "firsts"), [("without-low-blocks", [4, 8, 12]), ("growing", [8, 4, 0])])
 def test_the_ablations_stages(kind: str, firsts: list[int]) -> None:
-    plan = plan_of(config_of(f"table5/bert-base-cola-{kind}"), OPTIONS)
+    plan = plan_of(config_of(f"table5/bert-base-cola-{kind}"), PLAN_OPTIONS)
     assert [stage.first_block for stage in plan.stages] == [{"blocks": first} for first in firsts]
     assert plan.epochs == Fraction(3)
 
