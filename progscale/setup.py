@@ -140,9 +140,10 @@ def prepare(
     try:
         if folder is not None and folder.moved is not None:
             console.show(f"the run that lay in {folder.path} is now in {folder.moved}{unfinished(folder.moved)}")
-        # Before they are trained on. A run that is gone on from has written them already.
-        if found.request.random_weights and not method.saves_whole and resumed is None:
-            ranks.on_main(lambda: save_base(module, found.tokenizer, base_folder(config)))
+        if found.request.random_weights and not method.saves_whole:
+            # A run that goes on in its folder has them there, and another machine may draw others.
+            kept = resumed is not None and resumed.in_place
+            ranks.on_main(lambda: None if kept else save_base(module, found.tokenizer, base_folder(config)))
         engine = make_engine(config, module, method, accelerator, parts)
     except BaseException:
         if folder is not None:

@@ -408,7 +408,8 @@ def auto_class(request: ModelRequest, config: PretrainedConfig) -> Any:
             f"model '{request.name}': transformers has no {request.head.replace('_', ' ')} head for model type "
             f"'{config.model_type}'"
         )
-    if request.head == "causal_lm" and config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_decoder:
+    both_sides = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    if request.head == "causal_lm" and both_sides:
         raise ModelError(
             f"model '{request.name}': a {config.model_type} model reads a text from both sides, so it sees the tokens that "
             f"task 'causal_lm' asks it for; take a decoder (gpt2, llama, qwen, …)"
