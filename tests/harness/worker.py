@@ -6,6 +6,7 @@ and answers `("ok", result)` or `("error", traceback)`.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import pickle
@@ -99,6 +100,10 @@ def serve(address: str) -> None:
             answer = ("ok", getattr(importlib.import_module(module), name)(**kwargs))
         except BaseException:
             answer = ("error", traceback.format_exc())
+        # What is left now stays. Else each collection, of which a stage switch makes one, would look through all that earlier
+        # cases have imported.
+        gc.collect()
+        gc.freeze()
         # Plain pickle: the connection's own would share tensors through file descriptors.
         connection.send_bytes(pickle.dumps(answer))
 
