@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ from progscale.signals import Signals
 if TYPE_CHECKING:
     from progscale.plan import Plan
 
+# How long a rank that leaves the message to another one stays. The launcher ends it as soon as that one has left.
+SILENT_SECONDS = 5.0
 EXAMPLES = """examples:
   progscale train                                                    the built-in demo, in one process
   progscale train --config configs/models/bert-base.json --config configs/tasks/mrpc.json --set task.path=GLUE/MRPC
@@ -51,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         is_own = isinstance(error, LaunchError) or (local_rank == "0" and isinstance(error, DataError | ModelError))
         if rank == "0" or is_own:
             print(f"progscale: {'' if rank == '0' else f'[rank {rank}] '}{error}", file=sys.stderr)
+        elif isinstance(error, UserError):
+            # The launcher kills the others when the first one leaves; that should not be one that has said nothing.
+            time.sleep(SILENT_SECONDS)
         return error.exit_code
     except Exception:
         if os.environ.get("WORLD_SIZE", "1") == "1":

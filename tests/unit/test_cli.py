@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from progscale.cli import build_parser, main, quiet_libraries, run_train
+from progscale.cli import SILENT_SECONDS, build_parser, main, quiet_libraries, run_train
 from progscale.config import Config, load_config
 from progscale.schedule import SCHEDULES
 from progscale.session import Session
@@ -293,3 +293,16 @@ def test_deepspeeds_notices_are_no_news(capfd: pytest.CaptureFixture[str]) -> No
         logger.removeHandler(logger.handlers[-1])
     told = capfd.readouterr()
     assert "no news" not in told.out + told.err and "news" in told.out
+
+
+def test_a_rank_that_says_nothing_lets_the_other_one_speak(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The launcher kills rank 0 when another rank leaves before it, and nobody would have said what is wrong."""
+    stayed: list[float] = []
+    monkeypatch.setattr("progscale.cli.time.sleep", stayed.append)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["plan"]) == 2
+        said = capsys.readouterr().err
+        assert (stayed, "no model named" in said) == (([], True) if rank == "0" else ([SILENT_SECONDS], False))
