@@ -138,8 +138,13 @@ def run_merge(options: argparse.Namespace) -> int:
     quiet_libraries()
     from progscale.export import merge_exported
 
-    allowed = {"allow_pickle": options.allow_pickle, "trust_remote_code": options.trust_remote_code}
-    merge_exported(options.folder, options.target, base=options.base, **allowed)
+    merge_exported(
+        options.folder,
+        options.target,
+        base=options.base,
+        allow_pickle=options.allow_pickle,
+        trust_remote_code=options.trust_remote_code,
+    )
     print(f"merged into {options.target}")
     return 0
 

@@ -276,7 +276,7 @@ def state_of(config: Config, elements: Elements, world_size: int) -> tuple[int, 
     but under ZeRO-3 only with offload. ZeRO 1 divides the last number by the ranks, 2 the gradients too, 3 the weights too.
     Other optimizers keep fewer bytes than 8.
     """
-    from progscale.plan import state_bytes
+    from progscale.cost import state_bytes
 
     stage, offloaded, half = zero(config)
     precision: Literal["bf16", "fp32"] = "bf16" if half else "fp32"

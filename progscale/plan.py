@@ -1,4 +1,4 @@
-"""What a schedule will train, before any weight is loaded: parameters, updated volume, compute, state memory.
+"""What a schedule will train, before any weight is loaded: parameters, updated volume, compute.
 
 *Updated parameters* is the paper's measure (Progtuning, arXiv 2506.21119, section 4.1): the parameters trained in
 each epoch, summed over epochs. Stages may be shorter than an epoch, so it is counted in optimizer steps here: the
@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from progscale.blocks import Partition, partition
+from progscale.cost import StateBytes
 from progscale.errors import ScheduleError
 from progscale.methods import Method, Subject, live_parameters, make_method
 from progscale.models.family import Family, HeadKind, ModelRequest
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from progscale.config import Config
-
-Precision = Literal["fp32", "bf16", "fp16"]
 
 NOMINAL_STEPS = 1000
 """Optimizer steps of an epoch when only shares matter, at the least."""
@@ -151,20 +150,6 @@ class Plan:
             "compute_share": compute_share(self),
             "stages": [stage.to_json() for stage in self.stages],
         }
-
-
-@dataclass(frozen=True)
-class StateBytes:
-    """Bytes of a model's state on one rank, activations and buffers of the engine not counted."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-
-    @property
-    def total(self) -> int:
-        """All three together."""
-        return self.weights + self.gradients + self.optimizer
 
 
 def make_plan(
@@ -397,52 +382,6 @@ def compute_share(plan: Plan, *, cache: bool = False) -> float:
             frozen_from = stage.start_step
         cost += size * (frozen_from + min(plan.total_steps - frozen_from, plan.steps_per_epoch))
     return float(cost / (plan.total_steps * sum(sizes) * (2 + plan.block_fraction)))
-
-
-def state_bytes(
-    total_parameters: int,
-    trainable_parameters: int,
-    *,
-    precision: Precision = "fp32",
-    zero_stage: int = 0,
-    world_size: int = 1,
-    autocast: bool = False,
-    moment_bytes: float = 8,
-    four_bit: int = 0,
-) -> StateBytes:
-    """Bytes on one rank for weights, gradients and the state of the optimizer.
-
-    With AdamW a trained parameter costs 16 bytes, a frozen one 2 (mixed precision) or 4 (float32). Mixed precision keeps
-    half weights and half gradients, with float32 masters and the moments in the optimizer.
-
-    Args:
-        total_parameters: elements of the whole model.
-        trainable_parameters: elements that the stage trains.
-        precision: of weights and gradients.
-        zero_stage: 0 to 3: 1 splits the optimizer's state over ranks, 2 the gradients too, 3 the weights too.
-        world_size: ranks.
-        autocast: weights stay in float32 and only the computation is in `precision`.
-        moment_bytes: of the optimizer's moments for one element (`Optimizer.state_bytes_per_element`).
-        four_bit: elements of the model that are quantised to four bits; ZeRO does not split them.
-
-    Raises:
-        ValueError: a ZeRO stage or world size that does not exist.
-    """
-    if zero_stage not in (0, 1, 2, 3):
-        raise ValueError(f"zero_stage {zero_stage}; 0 to 3 exist")
-    if world_size < 1:
-        raise ValueError(f"world_size {world_size}; at least 1 is needed")
-    whole = precision == "fp32" or autocast
-    width, optimizer_width = (4, moment_bytes) if whole else (2, 4 + moment_bytes)
-
-    def split(size: int, from_stage: int) -> int:
-        return -(-size // world_size) if zero_stage >= from_stage else size
-
-    return StateBytes(
-        weights=width * split(total_parameters - four_bit, 3) + -(-four_bit // 2),
-        gradients=width * split(trainable_parameters, 2),
-        optimizer=math.ceil(optimizer_width * split(trainable_parameters, 1)),
-    )
 
 
 def render_plan(plan: Plan, state: Sequence[StateBytes] | None = None) -> RenderableType:

@@ -39,7 +39,7 @@ from progscale.models.tokenizers import set_pad_token
 from progscale.names import method_faults, with_options
 from progscale.optim import build_for
 from progscale.optimizers import OPTIMIZERS, Optimizer, Request
-from progscale.plan import Plan, check_shared_blocks, make_plan, render_plan, schedule_options
+from progscale.plan import NOMINAL_STEPS, Plan, check_shared_blocks, make_plan, render_plan, schedule_options
 from progscale.resume import FOLDER as CHECKPOINTS
 from progscale.resume import POLICIES, derive_stage, find_checkpoint, identity_of
 from progscale.schedule import Stage, build_stages
@@ -64,8 +64,9 @@ def prepare(
 ) -> Session | Plan:
     """Everything a run needs, in the order in which mistakes are cheapest to find.
 
-    The data and the model's config first, then the plan from a model without weights, then the checkpoint to go on from,
-    then the weights and the engine. With `dry_run` it stops at the plan. Every rank must call it.
+    The data and the model's config first, then method and schedule on a model without weights, then the plan of the tokenised
+    data, the checkpoint to go on from, the weights, the run's folder and the engine. With `dry_run` it stops at the plan. Every
+    rank must call it.
 
     Args:
         config: of the run.
@@ -75,7 +76,8 @@ def prepare(
         signals: of this process; by default the run cannot be told to stop.
 
     Raises:
-        UserError: config, data, schedule, model or checkpoint do not fit; the run folder has not been touched.
+        UserError: config, data, schedule, model or checkpoint do not fit. The run folder has not been touched, unless it is the
+            engine that does not take the model.
         FinishedError: the run to go on with has ended already.
     """
     faults = method_faults(config)
@@ -140,10 +142,10 @@ def prepare(
     try:
         if folder is not None and folder.moved is not None:
             console.show(f"the run that lay in {folder.path} is now in {folder.moved}{unfinished(folder.moved)}")
-        if found.request.random_weights and not method.saves_whole:
-            # A run that goes on in its folder has them there, and another machine may draw others.
-            kept = resumed is not None and resumed.in_place
-            ranks.on_main(lambda: None if kept else save_base(module, found.tokenizer, base_folder(config)))
+        # A run that goes on in its folder has them there, and another machine may draw others.
+        kept = resumed is not None and resumed.in_place
+        if found.request.random_weights and not method.saves_whole and not kept:
+            ranks.on_main(lambda: save_base(module, found.tokenizer, base_folder(config)))
         engine = make_engine(config, module, method, accelerator, parts)
     except BaseException:
         if folder is not None:
@@ -231,7 +233,8 @@ def method_of(config: Config, found: Inputs, drawn: frozenset[str] = frozenset()
     """The config's method, applied to its model; `drawn` from `missing_weights`."""
     # Random weights lie nowhere: an adapter would have no base model to be loaded on, so they are written beside it.
     base = str(base_folder(config)) if found.request.random_weights else found.request.name
-    subject = Subject(found.family, found.request.head, base, config.train.precision, drawn, found.request.revision)
+    request = found.request
+    subject = Subject(found.family, request.head, base, precision=config.train.precision, drawn=drawn, revision=request.revision)
     return make_method(config.method.name, subject, config.method.options)
 
 
@@ -251,7 +254,7 @@ def nominal_plan(config: Config, family: Family, parts: Partition, method: Metho
     Raises:
         ScheduleError: the schedule does not fit the model, or the method trains nothing in a stage.
     """
-    steps = max(1000 * config.stages, (config.schedule.starts or [0])[-1] + 1)
+    steps = max(NOMINAL_STEPS * config.stages, (config.schedule.starts or [0])[-1] + 1)
     stages = stages_of(config, family, parts, steps)
     return make_plan(parts, stages, method, steps, schedule=config.schedule.name)
 

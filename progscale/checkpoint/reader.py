@@ -14,7 +14,7 @@ from progscale.checkpoint.shards import WEIGHT, Stored, check_scales, index_shar
 from progscale.engine import ranks
 from progscale.engine.base import Engine
 from progscale.engine.filling import Filling
-from progscale.errors import ProgscaleError, RejectedError
+from progscale.errors import RejectedError
 
 T = TypeVar("T")
 
@@ -95,24 +95,14 @@ def verify_together(path: Path) -> Checkpoint:
 
 def _on_all(path: Path, action: Callable[[], T]) -> T:
     """What `action` gives on this rank; when it finds something on any, every rank raises it. A collective."""
-    result: list[T] = []
-    failure: Exception | None = None
-    try:
-        result.append(action())
-    except (OSError, SafetensorError) as error:  # a node lost the file system, or somebody deletes what is read
-        failure = RejectedError(path, f"it cannot be read ({error})")
-    except Exception as error:
-        failure = error
-    shared = failure
-    if failure is not None and not isinstance(failure, ProgscaleError):
-        # The others must not wait here for ever; this rank has the traceback.
-        shared = ProgscaleError(f"rank {ranks.rank()} failed: {type(failure).__name__}: {failure}")
-    found = [error for error in ranks.gather_objects(shared) if error is not None]
-    if failure is not None and shared is not failure:
-        raise failure
-    if found:
-        raise found[0]
-    return result[0]
+
+    def reading() -> T:
+        try:
+            return action()
+        except (OSError, SafetensorError) as error:  # a node lost the file system, or somebody deletes what is read
+            raise RejectedError(path, f"it cannot be read ({error})") from error
+
+    return ranks.on_all(reading)
 
 
 def index(checkpoint: Checkpoint) -> list[Stored]:

@@ -17,7 +17,7 @@ from progscale.errors import ModelError
 from progscale.models.family import Family, ModelRequest
 from progscale.models.loading import adapted, auto_class, load_config, load_model, location, may_lack, stored_otherwise
 from progscale.models.saving import persistent_buffers
-from progscale.models.weights import checkpoint_files, checkpoint_names, find_safetensors
+from progscale.models.weights import checkpoint_files, checkpoint_keys, checkpoint_names, find_safetensors
 
 
 def load_module(
@@ -64,7 +64,8 @@ def whole_for_peft(deepspeed: Mapping[str, Any] | None) -> Iterator[None]:
 def load_partitioned(request: ModelRequest, family: Family, deepspeed: Mapping[str, Any], dtype: torch.dtype) -> torch.nn.Module:
     """Builds the model without memory, then fills and partitions it module by module. A collective.
 
-    The peak on a rank is its partition and the largest single module.
+    The peak on a rank is its partition and the largest single module. A model with buffers that are made of its parameters is
+    built whole.
     """
     from accelerate import init_empty_weights
     from safetensors import safe_open
@@ -78,7 +79,7 @@ def load_partitioned(request: ModelRequest, family: Family, deepspeed: Mapping[s
     adapted(module, family)
     sources = _sources(module, checkpoint_files(request.name, request.revision))
     if any(buffer.is_meta and name not in sources for name, buffer in module.named_buffers()):
-        return load_model(request, family)  # they are made of parameters
+        return load_model(request, family)
     missing = _missing(module, family, sources, request)
     draw(module, missing)
     partition_own = partitioner(deepspeed, dtype)
@@ -118,12 +119,7 @@ def _sources(module: torch.nn.Module, files: list[Path]) -> dict[str, tuple[Path
     Raises:
         ModelError: the checkpoint has several tensors for what is one in the model.
     """
-    from safetensors import safe_open
-
-    keys: dict[str, Path] = {}
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            keys |= dict.fromkeys(file.keys(), path)
+    keys = checkpoint_keys(files)
     sources = {target: (keys[key], key) for key, target in checkpoint_names(module, keys).items()}
     first = {id(tensor): name for name, tensor in module.named_parameters()}
     for name, tensor in module.named_parameters(remove_duplicate=False):

@@ -41,30 +41,38 @@ def gather_objects(thing: Any) -> list[Any]:
     return gathered
 
 
+def on_all(action: Callable[[], T]) -> T:
+    """Does something on every rank; when it fails on any, every rank raises. A collective.
+
+    An error meant for the user is the same on all ranks, the first rank's that has one; of any other, its own rank has the
+    traceback.
+    """
+    result: list[T] = []
+    failure: Exception | None = None
+    try:
+        result.append(action())
+    except Exception as error:
+        failure = error
+    shared = failure
+    if failure is not None and not isinstance(failure, ProgscaleError):
+        # Any exception can be raised here, and not every one can be sent.
+        shared = ProgscaleError(f"rank {rank()} failed: {type(failure).__name__}: {failure}")
+    # Without this the other ranks would wait in their next collective until the launcher kills them.
+    found = {index: error for index, error in enumerate(gather_objects(shared)) if error is not None}
+    if failure is not None and (shared is not failure or min(found) == rank()):
+        raise failure
+    if found:
+        raise found[min(found)]
+    return result[0]
+
+
 def on_main(action: Callable[[], T]) -> T | None:
     """Does something on rank 0 alone; when it fails there, every rank raises. A collective.
-
-    An error meant for the user is the same on all ranks; of any other, rank 0 has the traceback.
 
     Returns:
         What `action` gave, on rank 0; None elsewhere.
     """
-    result: T | None = None
-    failure: Exception | None = None
-    if is_main():
-        try:
-            result = action()
-        except Exception as error:
-            failure = error
-    shared = failure
-    if failure is not None and not isinstance(failure, ProgscaleError):
-        # Any exception can be raised here, and not every one can be sent.
-        shared = ProgscaleError(f"rank 0 failed: {type(failure).__name__}: {failure}")
-    # Without this the other ranks would wait in their next collective until the launcher kills them.
-    shared = gather_objects(shared)[0]
-    if shared is not None:
-        raise failure or shared
-    return result
+    return on_all(lambda: action() if is_main() else None)
 
 
 def barrier() -> None:

@@ -19,7 +19,7 @@ from progscale.errors import ModelError, nearest
 from progscale.models.architectures import ARCHITECTURES, architecture_config, find_architecture
 from progscale.models.family import FAMILIES, LANGUAGE_MODEL_HEADS, Family, HeadKind, ModelRequest
 from progscale.models.lookup import families_by_type, family_of
-from progscale.models.weights import checkpoint_files, checkpoint_names, find_safetensors, local_folder
+from progscale.models.weights import checkpoint_files, checkpoint_keys, checkpoint_names, find_safetensors, local_folder
 
 if TYPE_CHECKING:
     import torch
@@ -236,18 +236,13 @@ def missing_weights(request: ModelRequest, family: Family, model: Any, *, local_
     Raises:
         ModelError: the files are damaged.
     """
-    from safetensors import safe_open
-
     if request.random_weights or family.load is not None or (local_only and local_folder(request.name) is None):
         return frozenset()
     parts = partition(model, family)
     own = {name for name, info in parts.parameters.items() if info.replaceable and parts.base and name.startswith(parts.base)}
     if not own or not find_safetensors(request.name, request.revision) or stored_otherwise(request):
         return frozenset()
-    keys: list[str] = []
-    for path in checkpoint_files(request.name, request.revision):
-        with safe_open(path, framework="pt") as file:
-            keys += file.keys()
+    keys = checkpoint_keys(checkpoint_files(request.name, request.revision))
     return frozenset(own - set(checkpoint_names(model, keys).values()))
 
 

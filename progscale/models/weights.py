@@ -68,6 +68,17 @@ def find_safetensors(name: str, revision: str | None = None) -> list[Path]:
     return files
 
 
+def checkpoint_keys(files: Iterable[Path]) -> dict[str, Path]:
+    """The file of each tensor by the tensor's name; headers alone are read."""
+    from safetensors import safe_open
+
+    found: dict[str, Path] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            found |= dict.fromkeys(file.keys(), path)
+    return found
+
+
 def checkpoint_names(model: torch.nn.Module, keys: Iterable[str]) -> dict[str, str]:
     """Which parameter or buffer of `model` each tensor of a checkpoint fills; keys that fill none are left out.
 

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[2] / "progscale"
 # From what stands alone to what holds all together; each may import those before it.
 ORDER = [
     *("errors", "numbers", "registry", "config", "schedule"),
-    *("blocks", "models", "layers", "methods", "names", "plan", "paper"),
+    *("blocks", "models", "layers", "methods", "names", "cost", "plan", "paper"),
     *("launcher", "signals", "learning_rate", "optim", "optimizers", "engine"),
     *("tasks", "data"),
     *("checkpoint", "resume", "verify", "watch"),
