@@ -266,7 +266,8 @@ class RunConsole:
 
     def show(self, thing: Any) -> None:
         """Prints a line as it is, a table or anything rich can render."""
-        self._console.print(thing)
+        # A line of a log stays one, so that what it says can be searched for.
+        self._console.print(thing, soft_wrap=isinstance(thing, str) and not self._console.is_terminal)
 
     def begin(self, total_steps: int, done: int = 0) -> None:
         """Starts the progress of the run, of which `done` steps were made before."""
