@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from progscale.config import Config, load_config
+from progscale.cost import state_bytes
 from progscale.doctor import Elements, state_of
 from progscale.errors import ConfigError, Fault, UserError
 from progscale.names import name_faults
 from progscale.optim import GroupSpec
 from progscale.optimizers import OPTIMIZERS, Optimizer, Request, param_groups, register
-from progscale.plan import state_bytes
 from progscale.setup import optimizer_of
 
 CPU = torch.device("cpu")
