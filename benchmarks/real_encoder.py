@@ -175,7 +175,7 @@ def report(options: argparse.Namespace) -> None:
         staged = [cell for cell in mine if cell["variant"] == "progtuning"]
         engine = [cell for cell in mine if cell["variant"] != "trainer"]
         ratio = [cell["updated_parameters"] / cell["planned_updated_parameters"] for cell in engine]
-        entry = {
+        entry: dict[str, Any] = {
             "task": task,
             "metric": metric,
             "seeds": {variant: sorted(values) for variant, values in scores.items()},

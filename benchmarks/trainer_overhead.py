@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -44,7 +44,8 @@ from progscale.loop import seed_step
 from progscale.meters import Audit, MemoryMeter, StageMeter
 from progscale.methods import Subject, make_method
 from progscale.models.loading import family_of, find_family
-from progscale.optim import AdamW, StageBuild, build_for
+from progscale.optim import StageBuild, build_for
+from progscale.optimizers import AdamW
 from progscale.schedule import build_stages
 from progscale.tasks.base import Tokenized
 from progscale.tasks.demo import demo_tokenizer
@@ -162,7 +163,7 @@ def prepare(options: argparse.Namespace) -> tuple[torch.nn.Module, Any, Tokenize
         request = random_encoder(options.model or "bert-base-uncased")
         torch.manual_seed(0)
         model = load_module(request, find_family(request, None), None)
-        split = synthetic(4096, options.max_length, model.config.vocab_size)
+        split = synthetic(4096, options.max_length, int(cast(Any, model).config.vocab_size))
         return model, demo_tokenizer(), split
     config = Config(
         run=Run(seed=1), model=Model(name=options.model or str(fetch_encoder())), task=Task(name="mrpc", path=str(data))

@@ -54,6 +54,7 @@ def load(folder: Path, output: Path) -> None:
     from progscale.meters import MemoryMeter
     from progscale.models.family import ModelRequest
     from progscale.models.loading import auto_class, build_meta, find_family, load_config
+    from progscale.models.weights import checkpoint_keys
 
     quiet_libraries()
     set_up_cpu()
@@ -72,14 +73,12 @@ def load(folder: Path, output: Path) -> None:
     seconds = time.perf_counter() - start
     peak = memory.peak()
     engine = create_engine(module, EngineSettings(), accelerator, ZERO["zero3"])
-    held = sum(parameter.ds_tensor.numel() * parameter.ds_tensor.element_size() for parameter in engine.parameters.values())
+    parts: list[torch.Tensor] = [vars(parameter)["ds_tensor"] for parameter in engine.parameters.values()]
+    held = sum(part.numel() * part.element_size() for part in parts)
     everyone = ranks.gather_objects(
         {"rank": engine.rank, "baseline": memory.baseline_bytes, "seconds": seconds, "partition": held, **peak}
     )
-    names = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            names |= dict.fromkeys(file.keys(), path)
+    names = checkpoint_keys(sorted(folder.glob("*.safetensors")))
     different, compared, size = [], 0, 0
     for name, value in engine.full_parameters():
         if value is None:

@@ -93,9 +93,9 @@ def test_the_savings_of_the_text_are_met_as_it_rounds_them() -> None:
 
 
 def test_what_is_not_reproduced_says_so_and_shows_both_values() -> None:
-    console = Console(width=130, file=io.StringIO())
-    console.print(render_paper())
-    text = console.file.getvalue()
+    shown = io.StringIO()
+    Console(width=130, file=shown).print(render_paper())
+    text = shown.getvalue()
     assert "28.6 → 9.9" in text
     assert "28.65 → 16.13" in text
     assert "no [1]" in text

@@ -14,7 +14,7 @@ from progscale.errors import ConfigError
 ZERO2 = {"zero_optimization": {"stage": 2}}
 
 # The shape of the files in transformers' own documentation.
-AUTO = {
+AUTO: dict[str, Any] = {
     "fp16": {
         "enabled": "auto",
         "loss_scale": 0,

@@ -243,7 +243,7 @@ def test_config_is_frozen_and_strict_in_python_too() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         config.train.epochs = 3
     with pytest.raises(ValidationError, match="epoch"):
-        Train(epoch=3)
+        Train(**{"epoch": 3})
 
 
 def test_describe_schema_has_every_option_with_one_line() -> None:

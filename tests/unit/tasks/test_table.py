@@ -148,7 +148,7 @@ def test_labels_become_ids(tmp_path: Path, labels: list[Any], names: Any, classe
 
 
 GOOD = csv_text(ROWS)
-JSON_FAULTS = {
+JSON_FAULTS: dict[str, tuple[list[tuple[str, Any]], str]] = {
     "float": ([("a", 0.0), ("b", 1.0)], r"row 1: the label 'label' is 0.0, a decimal number; .*'regression'"),
     "minus": ([("a", 0), ("b", -1)], r"row 2: the label 'label' is -1; -1 marks rows without a label"),
     "single": ([("a", 1), ("b", 1)], r"one class only \(1\); two or more"),
