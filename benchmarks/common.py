@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,14 @@ def append_cell(path: Path, cell: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(cell) + "\n")
+
+
+def portable(command: Sequence[str], places: Mapping[str, Path | str]) -> str:
+    """A command as a line to read, with names in place of this machine's paths."""
+    line = " ".join(command).replace(sys.executable, "python")
+    for name, place in places.items():
+        line = line.replace(str(place), name)
+    return line
 
 
 def launch_command(ranks: int = 2) -> list[str]:

@@ -32,6 +32,7 @@ from common import (
     launch_command,
     machine,
     mean_and_error,
+    portable,
     read_cells,
     run_cell,
     show_machine,
@@ -138,7 +139,7 @@ def measure(options: argparse.Namespace, encoder: str, task: str, seed: int, met
         "optimizer_state_bytes": [stage["optimizer_state_bytes"] for stage in stages],
         "frozen_changed": sum(stage["frozen_changed"] for stage in stages),
         "machine": machine(),
-        "command": command,
+        "command": portable(command, {"$ENCODER": encoder, "$DATA": options.data.resolve(), "$RUNS": folder}),
     }
     append_cell(options.results, cell)
     print(f"  {METRICS[task]} {cell['metrics'][METRICS[task]]:.4f}, {cell['wall_seconds']:.0f} s", flush=True)

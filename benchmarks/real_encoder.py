@@ -34,6 +34,7 @@ from common import (
     launch_command,
     machine,
     mean_and_error,
+    portable,
     read_cells,
     run_cell,
     show_machine,
@@ -146,7 +147,7 @@ def measure(options: argparse.Namespace, encoder: str, task: str, seed: int, var
         "world_size": result["world_size"],
         "threads": result.get("threads"),
         "machine": machine(),
-        "command": command,
+        "command": portable(command, {"$ENCODER": encoder, "$DATA": options.data.resolve(), "$RUNS": folder}),
     }
     append_cell(options.results, cell)
     metric, _ = METRICS[task]
