@@ -32,3 +32,11 @@ def two_ranks() -> Iterator[TwoRanks]:
     ranks = TwoRanks()
     yield ranks
     ranks.close()
+
+
+@pytest.fixture(scope="session")
+def three_ranks() -> Iterator[TwoRanks]:
+    """Three of them."""
+    ranks = TwoRanks(ranks=3)
+    yield ranks
+    ranks.close()

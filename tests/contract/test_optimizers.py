@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -315,13 +314,6 @@ def close(rest: Trained, whole: Trained, step: int) -> None:
     assert rest.losses == pytest.approx({at: loss for at, loss in whole.losses.items() if at >= step}, abs=2e-3)
     assert rest.optimizer_steps == whole.optimizer_steps
     assert rest.moved == []
-
-
-@pytest.fixture(scope="module")
-def three_ranks() -> Iterator[TwoRanks]:
-    ranks = TwoRanks(ranks=3)
-    yield ranks
-    ranks.close()
 
 
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -164,13 +163,6 @@ def goes_on(runs: Runs, saved_by: str, engine: str, step: int) -> None:
         unclipped: dict[str, Any] = {"dropout": 0.0, "max_grad_norm": None}
         whole = runs.whole(saved_by, "progtuning", **unclipped)
         same_bits(runs.rest(engine, "progtuning", step, saved_by=saved_by, **unclipped), whole, step)
-
-
-@pytest.fixture(scope="module")
-def three_ranks() -> Iterator[TwoRanks]:
-    ranks = TwoRanks(ranks=3)
-    yield ranks
-    ranks.close()
 
 
 @pytest.mark.parametrize(("two", "three", "back", "steps"), CHANGES)

@@ -30,6 +30,7 @@ from progscale.optim import StageBuild, build_for
 from progscale.optimizers import OPTIMIZERS, Request
 from progscale.schedule import build_stages
 from progscale.setup import enable_checkpointing
+from tests.harness.sending import gathered
 from tests.tiny import tiny_model
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -191,8 +192,8 @@ def builds_of(
 def masters(engine: Engine) -> dict[str, torch.Tensor]:
     """Whole fp32 weights of the live parameters, put together from all ranks' slices."""
     own = [(s.name, s.start, s.end, s.tensors["master"].detach().cpu().clone()) for s in slices_of(engine.shards())]
-    whole = {}
-    for part in engine.gather_objects(own):
+    whole: dict[str, torch.Tensor] = {}
+    for part in gathered(engine, own):
         for name, start, end, values in part:
             target = whole.setdefault(name, torch.full((numel_of(engine, name),), float("nan")))
             target[start:end] = values

@@ -20,6 +20,7 @@ from progscale.loop import seed_step
 from progscale.optim import StageBuild
 from tests.harness.cases import builds_of, make_engine, row_loss, share
 from tests.harness.moves import everywhere, moments_of, steps_by_name, values_of
+from tests.harness.sending import gathered
 from tests.tiny import method_for, tiny_model
 
 STAGES, STEPS, BLOCKS, ROWS, MICRO = 3, 6, 4, 8, 4
@@ -98,7 +99,7 @@ def state_of(engine: Engine) -> dict[str, str]:
     own = [
         (part.name, part.start, values_of(part, engine.settings.optimizer), dict(part.scalars)) for part in engine.own_slices()
     ]
-    parts = sorted((part for ranks in engine.gather_objects(own) for part in ranks), key=lambda part: part[:2])
+    parts = sorted((part for ranks in gathered(engine, own) for part in ranks), key=lambda part: part[:2])
     whole: dict[str, list[torch.Tensor]] = {}
     for name, _, tensors, scalars in parts:
         for key, value in {**tensors, **{key: torch.tensor([value]) for key, value in scalars.items()}}.items():

@@ -17,6 +17,7 @@ from progscale.learning_rate import LearningRate
 from progscale.optim import StageBuild
 from progscale.optimizers import Optimizer
 from tests.harness.cases import builds_of, make_engine, masters, row_loss, share
+from tests.harness.sending import gathered
 from tests.tiny import tiny_model
 
 
@@ -45,7 +46,7 @@ def moments_of(shards: Sequence[Shard], engine: Engine) -> dict[str, torch.Tenso
     """Whole moments in full precision, from all ranks' shards: "parameter moment" → values."""
     own = [(part.name, part.start, values_of(part, shards[0].optimizer)) for part in slices_of(shards)]
     whole: dict[str, dict[int, torch.Tensor]] = {}
-    for ranks in engine.gather_objects(own):
+    for ranks in gathered(engine, own):
         for name, start, tensors in ranks:
             for key, values in tensors.items():
                 if key != MASTER:
@@ -75,7 +76,7 @@ def steps_by_name(engine: Engine) -> dict[str, int]:
 def everywhere(engine: Engine) -> dict[str, torch.Tensor]:
     """Whole weights, on every rank."""
     own = {name: value.clone() for name, value in engine.full_parameters() if value is not None}
-    return dict(engine.gather_objects(own)[0])
+    return dict(gathered(engine, own)[0])
 
 
 def carry(

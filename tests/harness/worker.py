@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import importlib
 import os
-import pickle
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,8 @@ import traceback
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
+
+from tests.harness.sending import packed, unpacked
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 KEY = b"progscale-tests"
@@ -45,15 +46,15 @@ class TwoRanks:
         if self._process is None:
             self._start()
         for connection in self._connections:
-            connection.send_bytes(pickle.dumps((function, kwargs)))
+            connection.send_bytes(packed((function, kwargs)))
         answers = []
         for rank, connection in enumerate(self._connections):
             if not connection.poll(self.timeout_seconds):
                 # A rank that waits for one that raised: ask the others before giving up.
-                errors = [pickle.loads(c.recv_bytes())[1] for c in self._connections[rank + 1 :] if c.poll(0)]
+                errors = [unpacked(c.recv_bytes())[1] for c in self._connections[rank + 1 :] if c.poll(0)]
                 self.close()
                 raise RankError(f"rank {rank} gave no answer in {self.timeout_seconds} s\n" + "\n".join(errors))
-            kind, value = pickle.loads(connection.recv_bytes())
+            kind, value = unpacked(connection.recv_bytes())
             if kind == "error":
                 self.close()
                 raise RankError(f"rank {rank}:\n{value}")
@@ -92,7 +93,7 @@ def serve(address: str) -> None:
     connection.send(int(os.environ["RANK"]))
     while True:
         try:
-            function, kwargs = pickle.loads(connection.recv_bytes())
+            function, kwargs = unpacked(connection.recv_bytes())
         except (EOFError, ConnectionResetError):
             return
         module, name = function.split(":")
@@ -104,10 +105,8 @@ def serve(address: str) -> None:
         # cases have imported.
         gc.collect()
         gc.freeze()
-        # Plain pickle: the connection's own would share tensors through file descriptors.
-        connection.send_bytes(pickle.dumps(answer))
+        connection.send_bytes(packed(answer))
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(REPOSITORY))
     serve(sys.argv[1])
