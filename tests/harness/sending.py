@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import io
 import pickle
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from progscale.engine.base import Engine
+if TYPE_CHECKING:
+    from progscale.engine.base import Engine
 
 
 def packed(thing: Any) -> bytes:
-    """What `unpacked` makes `thing` of again; no tensor shares memory with another afterwards."""
+    """What `unpacked` makes `thing` of again: values, types and shapes of its tensors, without gradients and shared memory.
+
+    A connection's own pickling would not do: it shares tensors through file descriptors.
+    """
     buffer = io.BytesIO()
     _Pickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(thing)
     return buffer.getvalue()
