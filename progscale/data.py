@@ -84,6 +84,7 @@ def split_batch(
     max_tokens: int | None = None,
     multiple_of: int = 1,
     min_tokens: int = 1,
+    nodes: int = 1,
 ) -> list[list[np.ndarray]]:
     """The rows of a global batch by [micro step][rank].
 
@@ -98,6 +99,8 @@ def split_batch(
         max_tokens: padded tokens (rows × longest) of a micro-batch at most; a row longer than that stands alone.
         multiple_of: padded lengths are rounded up to a multiple.
         min_tokens: padded lengths at the least.
+        nodes: on each of which as many ranks are: a row goes to the same one each time, as far as all ranks then have equally
+            many.
     """
     rows = np.asarray(rows)
     lengths = np.asarray(lengths)
@@ -116,7 +119,29 @@ def split_batch(
             sizes.append(min(fit * world_size, len(rows) - done))
             done += sizes[-1]
     steps_of_rows = np.split(rows, np.cumsum(sizes)[:-1]) if sizes else []
-    return [[part[rank::world_size] for rank in range(world_size)] for part in steps_of_rows]
+    return [_deal(part, world_size, nodes) for part in steps_of_rows]
+
+
+def _deal(rows: np.ndarray, world_size: int, nodes: int) -> list[np.ndarray]:
+    """Rows in turn to the ranks, or to those of their node while it has room; equally many to each, up to one."""
+    if nodes == 1:
+        return [rows[rank::world_size] for rank in range(world_size)]
+    local = world_size // nodes
+    sizes = [len(rows[rank::world_size]) for rank in range(world_size)]
+    room = [sum(sizes[node * local : (node + 1) * local]) for node in range(nodes)]
+    homes = rows % nodes
+    # The longest first, as they come: of a node's own rows those that stay are the ones that cost most to run again.
+    stays = np.zeros(len(rows), dtype=bool)
+    for node in range(nodes):
+        stays[np.flatnonzero(homes == node)[: room[node]]] = True
+    free = np.repeat(np.arange(nodes), [room[node] - int((stays & (homes == node)).sum()) for node in range(nodes)])
+    homes = homes.copy()
+    homes[~stays] = free
+    dealt: list[np.ndarray] = []
+    for node in range(nodes):
+        own = rows[homes == node]
+        dealt += [own[rank::local] for rank in range(local)]
+    return dealt
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +154,7 @@ class MicroBatch:
         rows: row numbers in the split.
         weight: 1.0; 0.0 for a filler, run only because other ranks have a batch: its loss and predictions are dropped.
         tokens: real tokens, without padding; 0 for a filler.
+        peers: row numbers of every rank's micro-batch of this micro step; empty where a rank runs a filler.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -136,21 +162,31 @@ class MicroBatch:
     rows: np.ndarray
     weight: float = 1.0
     tokens: int = 0
+    peers: tuple[np.ndarray, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def length(self) -> int:
+        """Tokens of its longest row, padding to a multiple included."""
+        return self.inputs["input_ids"].shape[1]
+
+    def run_by_all(self) -> list[np.ndarray]:
+        """Row numbers that each rank runs in this micro step, fillers included."""
+        return [rows if len(rows) else self.peers[0][-1:] for rows in self.peers]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> MicroBatch:
         """The same on a device."""
         inputs = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.inputs.items()}
         labels = {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.labels.items()}
-        return MicroBatch(inputs, labels, self.rows, self.weight, self.tokens)
+        return dataclasses.replace(self, inputs=inputs, labels=labels)
 
     def pin_memory(self) -> MicroBatch:
         """The same in page-locked memory, which a GPU can read while it computes."""
         inputs = {name: tensor.pin_memory() for name, tensor in self.inputs.items()}
         labels = {name: tensor.pin_memory() for name, tensor in self.labels.items()}
-        return MicroBatch(inputs, labels, self.rows, self.weight, self.tokens)
+        return dataclasses.replace(self, inputs=inputs, labels=labels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,6 +298,7 @@ class TrainLoader:
         pin_memory: put batches into page-locked memory (where there is a GPU).
         multiple_of: round padded lengths up to a multiple.
         min_tokens: padded lengths at the least.
+        nodes: among which a row is dealt to the same one each time, where that can be.
 
     Raises:
         DataError: there are fewer rows than one global batch.
@@ -283,6 +320,7 @@ class TrainLoader:
         pin_memory: bool = False,
         multiple_of: int = 1,
         min_tokens: int = 1,
+        nodes: int = 1,
     ) -> None:
         if len(split) < global_batch_size:
             raise DataError(
@@ -302,6 +340,7 @@ class TrainLoader:
         self.pin_memory = pin_memory and torch.cuda.is_available()
         self.multiple_of = multiple_of
         self.min_tokens = min_tokens
+        self.nodes = nodes
 
     @property
     def steps_per_epoch(self) -> int:
@@ -346,6 +385,7 @@ class TrainLoader:
             max_tokens=self.max_tokens,
             multiple_of=self.multiple_of,
             min_tokens=self.min_tokens,
+            nodes=self.nodes,
         )
         micro_batches = [
             _collate_or_fill(self.split, step, self.rank, self.pad, self.multiple_of, self.min_tokens) for step in micro_steps
@@ -370,10 +410,11 @@ class _Steps(Dataset[GlobalBatch]):
 def _collate_or_fill(
     split: Tokenized, step: list[np.ndarray], rank: int, pad: Mapping[str, int], multiple_of: int, min_tokens: int
 ) -> MicroBatch:
-    if len(step[rank]):
-        return collate(split, step[rank], pad, multiple_of=multiple_of, min_tokens=min_tokens)
+    filler = len(step[rank]) == 0
     # Rows are dealt longest first, so the first rank has one; its last is the shortest of the step.
-    return collate(split, step[0][-1:], pad, multiple_of=multiple_of, min_tokens=min_tokens, weight=0.0)
+    rows, weight = (step[0][-1:], 0.0) if filler else (step[rank], 1.0)
+    batch = collate(split, rows, pad, multiple_of=multiple_of, min_tokens=min_tokens, weight=weight)
+    return dataclasses.replace(batch, peers=tuple(step))
 
 
 def _unchanged(batch: Any) -> Any:
@@ -396,6 +437,7 @@ def eval_batches(
     max_tokens: int | None = None,
     multiple_of: int = 1,
     min_tokens: int = 1,
+    nodes: int = 1,
 ) -> Iterator[MicroBatch]:
     """The micro-batches of an evaluation split for this rank: as many on every rank, each row once overall.
 
@@ -408,6 +450,7 @@ def eval_batches(
         max_tokens: padded tokens of a micro-batch at most.
         multiple_of: round padded lengths up to a multiple.
         min_tokens: padded lengths at the least.
+        nodes: among which a row is dealt to the same one each time.
     """
     steps = split_batch(
         np.arange(len(split)),
@@ -417,6 +460,7 @@ def eval_batches(
         max_tokens=max_tokens,
         multiple_of=multiple_of,
         min_tokens=min_tokens,
+        nodes=nodes,
     )
     for step in steps:
         yield _collate_or_fill(split, step, rank, pad, multiple_of, min_tokens)

@@ -35,7 +35,7 @@ def train(session: Session) -> dict[str, Any]:
     s.console.begin(s.total_steps, progress.step)
     for build in s.builds_from(progress.stage):
         audit = Audit(engine, build)
-        switch = s.begin_stage(build)
+        switch = s.begin_stage(build, progress.step)
         meter = StageMeter(engine, build, s.sizes, s.memory, audit)
         progress.begin(build.stage, switch, meter)
         meter.start()
@@ -44,7 +44,7 @@ def train(session: Session) -> dict[str, Any]:
             s.sign(f"step {step}")
             seed_step(config.run.seed, step, engine.rank)
             rate = s.learning_rate(step)
-            result = engine.train_step(batch.micro_batches, batch.weight, s.task.loss, rate, s.notice)
+            result = engine.train_step(batch.micro_batches, batch.weight, s.task.loss, rate, s.notice, s.feed.around)
             s.heed(result.notices)
             check_finite(s, progress, result, step, batch)
             meter.step(batch.size, batch.tokens, result.applied)
@@ -56,6 +56,8 @@ def train(session: Session) -> dict[str, Any]:
             first_block=s.first_block(build.stage),
             switch_seconds=progress.switch_seconds,
             carried=progress.carried,
+            frozen_prefix=s.depth_of(build.stage),
+            cache=s.cache_counts(),
         )
         progress.stages.append(record)
         s.log("stage", **record.to_json())
@@ -81,7 +83,7 @@ def between_steps(s: Session, progress: Progress, meter: StageMeter, stage: Stag
         progress.evaluation_due = not evaluate(s, progress, progress.step)
     if save or s.stopping:
         meter.audit.check(stage.index)
-        content = {"progress": progress.to_json(), "meter": meter.to_json(), "unlogged": s.unlogged}
+        content = {"progress": progress.to_json(), "meter": meter.to_json(), "unlogged": s.unlogged, "cache": s.cache_counts()}
         progress.saving_seconds += s.save(progress.step, stage, content)
         progress.saved_step = progress.step
     s.publish()
@@ -101,6 +103,7 @@ def evaluate(s: Session, progress: Progress, step: int) -> bool:
     """
     start = time.perf_counter()
     metrics: dict[str, float] = {}
+    s.feed.at(s.repeats(step))
     for name, split in s.evaluation_splits.items():
         predictions: dict[int, Any] = {}
         loss = torch.zeros((), dtype=torch.float64)
@@ -109,7 +112,8 @@ def evaluate(s: Session, progress: Progress, step: int) -> bool:
                 s.sign(f"evaluating {name} after step {step}")
                 if s.ask_to_stop():
                     return False
-                outputs = s.engine.forward(micro.inputs)
+                with s.feed.around(micro, name):
+                    outputs = s.engine.forward(micro.inputs)
                 written = generate(s, micro, split)
                 if not micro.weight:
                     continue  # a filler: this rank ran out of rows, but must take part in the forward pass
@@ -208,6 +212,7 @@ def finish(s: Session, progress: Progress) -> dict[str, Any]:
         "task": s.task.name,
         "method": s.method.name,
         "schedule": s.config.schedule.name,
+        "frozen_mode": s.config.frozen_mode,
         "engine": s.engine.name,
         "world_size": s.engine.world_size,
         "metrics": progress.metrics,

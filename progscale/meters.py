@@ -83,6 +83,9 @@ class StageRecord:
         optimizer_state_bytes: moments and separate fp32 masters, the rank that holds most.
         frozen_changed: frozen tensors whose bits changed in the switch or during the stage; anything but 0 is a fault.
         carried: how the optimizer state reached this stage: none, shards or slices.
+        frozen_prefix: blocks below the lowest trained tensor, which the backward pass does not reach.
+        cache: training rows whose frozen prefix was `read`, `extended` from a lower depth or `computed`, and `bytes` reserved on
+            the node that has most; None without a cache.
     """
 
     stage: int
@@ -103,6 +106,8 @@ class StageRecord:
     optimizer_state_bytes: int
     frozen_changed: int
     carried: str
+    frozen_prefix: int = 0
+    cache: dict[str, int] | None = None
     peak_reserved_bytes: int | None = None
     peak_resident_bytes: int | None = None
 
@@ -183,7 +188,7 @@ class StageMeter:
     def stop(self) -> None:
         """Time stands still (evaluation, saving)."""
         if self._running_since is not None:
-            synchronize(self._engine.device)
+            self._engine.synchronize()
             self.seconds += time.perf_counter() - self._running_since
             self._running_since = None
 
@@ -217,7 +222,14 @@ class StageMeter:
         return max(peaks, key=lambda entry: entry.get("peak_memory_bytes", 0))
 
     def finish(
-        self, *, steps_per_epoch: int, first_block: int | dict[str, int], switch_seconds: float, carried: str
+        self,
+        *,
+        steps_per_epoch: int,
+        first_block: int | dict[str, int],
+        switch_seconds: float,
+        carried: str,
+        frozen_prefix: int = 0,
+        cache: dict[str, int] | None = None,
     ) -> StageRecord:
         """The stage's record; a collective.
 
@@ -249,14 +261,10 @@ class StageMeter:
             optimizer_state_bytes=state_bytes,
             frozen_changed=0,  # or the audit would have raised
             carried=carried,
+            frozen_prefix=frozen_prefix,
+            cache=cache,
             **peak,
         )
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for the GPU, where there is one."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _whole(value: float) -> float:

@@ -16,6 +16,7 @@ import torch
 
 from progscale import __version__
 from progscale.blocks import Partition
+from progscale.cache import Feed, Nodes, Repeats
 from progscale.checkpoint.reader import check_fits, load_optimizer, load_weights
 from progscale.checkpoint.saver import Saved, Saver
 from progscale.config import Config, dump_config
@@ -54,7 +55,10 @@ class Session:
         resumed: the checkpoint that the run goes on from.
         signals: what this process was told.
         watch: sees when another rank is gone.
+        feed: how the frozen blocks are run.
+        nodes: where the ranks are.
         steps_done: of the last checkpoint.
+        finished: the run has come to its end, nobody will go on from it.
         stopping: some rank was told to stop, and all ranks know.
         unlogged: losses since the last record.
     """
@@ -82,8 +86,11 @@ class Session:
     resumed: Resumed | None = None
     signals: Signals = field(default_factory=Signals)
     watch: Watch | None = None
+    feed: Feed = field(default_factory=Feed)
+    nodes: Nodes = field(default_factory=Nodes)
     stopping: bool = False
     steps_done: int = 0
+    finished: bool = False
     unlogged: list[float] = field(default_factory=list)
     _written_everywhere: bool = False
 
@@ -117,6 +124,7 @@ class Session:
         step = start
         while step < stage.end_step:
             epoch, position = divmod(step, self.steps_per_epoch)
+            self.feed.at(self.repeats(step))
             for batch in self.loader.epoch(epoch, start=position):
                 yield step, batch
                 step += 1
@@ -136,6 +144,7 @@ class Session:
             max_tokens=self.config.train.max_tokens_per_micro_batch,
             multiple_of=self.loader.multiple_of,
             min_tokens=self.loader.min_tokens,
+            nodes=self.loader.nodes,
         )
         return self.console.track(batches, len(split), world_size)
 
@@ -160,8 +169,13 @@ class Session:
         self.stopping = self.stopping or self.engine.any_true(self.signals.received is not None)
         return self.stopping
 
-    def begin_stage(self, build: StageBuild) -> Switch:
-        """Switches to a stage; the first one of a resumed run gets its weights and its optimizer's state from the checkpoint."""
+    def begin_stage(self, build: StageBuild, step: int) -> Switch:
+        """Switches to a stage; the first one of a resumed run gets its weights and its optimizer's state from the checkpoint.
+
+        Args:
+            build: of the stage.
+            step: optimizer steps done.
+        """
         self.sign(f"switching to stage {build.stage.index}")
         if self.resumed is None or self.engine.build is not None:
             switch = self.engine.begin_stage(build)
@@ -181,7 +195,39 @@ class Session:
                 "their blocks lie elsewhere than before: the run goes on close to one that was never moved, not equal to it"
             )
             self.log("requantized", stage=build.stage.index, values=switch.requantized)
+        self.feed.begin_stage(build.stage.index, self.depth_of(build.stage), self.repeats(step))
+        if self.resumed is not None and build.stage.index == self.resumed.checkpoint.state["stage"] and self.is_main:
+            self.feed.restore(self.resumed.checkpoint.state.get("cache") or {})
         return switch
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.engine.is_main
+
+    def depth_of(self, stage: Stage) -> int:
+        """Blocks of the first stack that no gradient reaches in a stage."""
+        most = next(iter(self.partition.num_blocks.values()))
+        return min(most, self.plan.stages[stage.index - 1].lowest_trained)
+
+    def repeats(self, step: int) -> Repeats:
+        """How often rows are run again, when `step` optimizer steps are done."""
+        # A checkpoint, or an evaluation, at the end of an epoch still belongs to it.
+        end_of_epoch = (step // self.steps_per_epoch + 1) * self.steps_per_epoch
+        when = self.config.train.evaluate
+        ends = {build.stage.end_step for build in self.builds} if when == "stage" else set()
+        if when == "epoch":
+            ends = set(range(self.steps_per_epoch, self.total_steps, self.steps_per_epoch))
+        left = sum(end >= step for end in ends | {self.total_steps})
+        return Repeats(max(0, self.total_steps - end_of_epoch) / self.steps_per_epoch, max(0, left - 1))
+
+    def cache_counts(self) -> dict[str, int] | None:
+        """What the cache did in this stage, over all ranks; None without one. A collective."""
+        counts = self.engine.gather_objects(dict(self.feed.counts()))
+        if not counts[0]:
+            return None
+        largest = max(self.engine.gather_objects(self.feed.bytes))
+        return {key: sum(part[key] for part in counts) for key in counts[0]} | {"bytes": largest}
 
     def builds_from(self, stage: int) -> tuple[StageBuild, ...]:
         """The stages that are left, from the 1-based `stage` on."""
@@ -370,12 +416,14 @@ class Session:
                 raise WriteError(f"the run is done, but its summary.json cannot be written: {error}") from error
 
         self.engine.on_main(write)
+        self.finished = True
 
     def close(self) -> None:
         """Lets go of the engine, the progress bar and the process group."""
         self.console.end()
         if self.folder is not None:
             self.folder.close()
+        self.feed.close(finished=self.finished)
         self.engine.close()
         self.engine.accelerator.end_training()
         gc.unfreeze()  # frozen by `prepare`

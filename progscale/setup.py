@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from progscale.blocks import Partition, partition
+from progscale.cache import check_cache, make_feed, nodes_of
 from progscale.checkpoint.saver import Saver
 from progscale.checkpoint.store import Store
 from progscale.config import Config, dump_config, micro_batch_size
@@ -111,10 +112,14 @@ def prepare(
     padding = pad_values(found.tokenizer, model_config)
     min_tokens = 1 if family.min_tokens is None else family.min_tokens(model_config)
     loader = make_loader(config, splits["train"], padding, accelerator, min_tokens)
+    nodes = nodes_of(accelerator)
+    if config.cache.storage != "off":
+        loader.nodes = nodes.count
     total_steps = total_steps_of(config, loader.steps_per_epoch)
     stages = stages_of(config, family, parts, total_steps)
     model = "demo encoder" if config.model.name is None else found.request.name
-    plan = make_plan(parts, stages, method, loader.steps_per_epoch, model=model, schedule=config.schedule.name)
+    plan = make_plan(parts, stages, method, loader.steps_per_epoch, model=model, schedule=config.schedule_label)
+    check_cache(config, plan)
     world_size = int(accelerator.num_processes)
     console.show(
         f"{model} ({family.name}) on {task.name}: {len(splits['train'])} training rows, "
@@ -154,6 +159,7 @@ def prepare(
     # What is here now stays to the end. Without this each switch would scan it all in search of the old engine's cycles.
     gc.collect()
     gc.freeze()
+    feed = make_feed(config, engine, family, parts, splits, nodes, identity, console.show)
     decay, decay_all = config.optimizer.weight_decay, config.optimizer.decay_bias_and_norm
     return Session(
         config=config,
@@ -183,6 +189,8 @@ def prepare(
         about=describe(method, found.request, found.tokenizer),
         resumed=resumed,
         signals=signals or Signals(),
+        feed=feed,
+        nodes=nodes,
     )
 
 

@@ -45,6 +45,8 @@ class SavedStage(Part):
     optimizer_state_bytes: Count
     frozen_changed: Count
     carried: str
+    frozen_prefix: Count = 0
+    cache: dict[str, Count] | None = None
     peak_reserved_bytes: Count | None = None
     peak_resident_bytes: Count | None = None
 
@@ -90,6 +92,7 @@ class SavedState(Part):
         unlogged: losses since the last record.
         metrics_bytes: of metrics.jsonl.
         parameters: elements of every parameter of the model.
+        cache: what the cache has done in the stage at work.
     """
 
     step: Count
@@ -105,6 +108,7 @@ class SavedState(Part):
     parameters: dict[str, Count]
     progress: SavedProgress
     meter: SavedMeter
+    cache: dict[str, Count] | None = None
 
 
 def check_state(path: Path, content: Mapping[str, Any]) -> SavedState:

@@ -4,10 +4,24 @@ from progscale.config.deepspeed import translate
 from progscale.config.describe import Option, config_hash, decisive_values, describe_schema, micro_batch_size
 from progscale.config.layers import DEMO_DEFAULTS, dump_config, load_config
 from progscale.config.read import format_set, parse_set
-from progscale.config.schema import Checkpoint, Config, Engine, Method, Model, Optimizer, Run, Schedule, Section, Task, Train
+from progscale.config.schema import (
+    Cache,
+    Checkpoint,
+    Config,
+    Engine,
+    Method,
+    Model,
+    Optimizer,
+    Run,
+    Schedule,
+    Section,
+    Task,
+    Train,
+)
 
 __all__ = [
     "DEMO_DEFAULTS",
+    "Cache",
     "Checkpoint",
     "Config",
     "Engine",

@@ -101,6 +101,7 @@ def cross_faults(config: Config, values: Values, bad: set[KeyPath]) -> list[Faul
     _schedule(checks)
     _batches(checks)
     _engine(checks)
+    _cache(checks)
     _task(checks)
     return checks.faults
 
@@ -246,6 +247,32 @@ def _engine(checks: _Checks) -> None:
         checks.fault(
             "train.precision",
             f"{checks.value('train.precision')} is switched off by {checks.values.off[precision]}; keep one",
+        )
+
+
+def _cache(checks: _Checks) -> None:
+    cache, schedule = checks.config.cache, checks.config.schedule
+    if cache.storage == "off":
+        for key in filter(checks.given, ("cache.dtype", "cache.budget_gigabytes", "cache.path")):
+            checks.fault(key, f"{checks.value(key)} is not used with {checks.got('cache.storage')}; remove it", "cache.storage")
+        return
+    if schedule.frozen_mode == "train":
+        checks.fault(
+            "schedule.frozen_mode",
+            f"{checks.value('schedule.frozen_mode')} beside {checks.got('cache.storage')}: with dropout the frozen blocks give "
+            f"something else each time; take eval, or switch the cache off",
+            "cache.storage",
+        )
+    if schedule.name == "growing":
+        checks.fault(
+            "cache.storage",
+            f"{checks.value('cache.storage')} beside {checks.got('schedule.name')}, which trains blocks that were frozen before: "
+            f"what was kept would be wrong; set it to off",
+            "schedule.name",
+        )
+    if cache.path is not None and cache.storage not in ("auto", "disk"):
+        checks.fault(
+            "cache.path", f"{checks.value('cache.path')} is for disk, not {checks.got('cache.storage')}", "cache.storage"
         )
 
 

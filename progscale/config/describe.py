@@ -54,6 +54,7 @@ FREE_KEYS = frozenset(
         *("train.micro_batch_size", "train.gradient_accumulation_steps", "train.max_tokens_per_micro_batch"),
         *("train.eval_batch_size", "train.gradient_checkpointing", "train.num_workers", "train.logging_steps"),
         *("train.evaluate", "train.save_model", "train.nonfinite", "train.fused_optimizer"),
+        *("cache.storage", "cache.budget_gigabytes", "cache.path"),
     }
 )
 FREE_SECTIONS = frozenset({"engine", "checkpoint"})
@@ -66,6 +67,8 @@ def decisive_values(config: Config) -> dict[str, Any]:
         if name in FREE_SECTIONS or not isinstance(values, dict):
             continue
         found.update({f"{name}.{key}": value for key, value in values.items() if f"{name}.{key}" not in FREE_KEYS})
+    # What a null stands for hangs on the cache, which may come and go.
+    found["schedule.frozen_mode"] = config.frozen_mode
     return found
 
 

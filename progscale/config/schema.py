@@ -204,6 +204,10 @@ class Schedule(Section):
     block_weights: ListOrByStack[Annotated[float, Field(gt=0)]] | None = Field(
         default=None, description="weighted: one positive weight for each block; by stack where a model has several"
     )
+    frozen_mode: Literal["train", "eval"] | None = Field(
+        default=None,
+        description="blocks below all that is trained: train (dropout on, the paper's way) or eval; null: eval with a cache",
+    )
     options: dict[str, Any] = Field(default_factory=dict, description="options of a schedule from another package")
 
     @property
@@ -305,6 +309,22 @@ class Engine(Section):
     timeout_seconds: Count = Field(default=600, description="give up when a rank is silent for so long")
 
 
+class Cache(Section):
+    """What the frozen blocks give for each row is computed once and read afterwards."""
+
+    storage: Literal["off", "auto", "ram", "pinned", "disk"] = Field(
+        default="off",
+        description="where: memory (on a GPU machine page-locked: pinned), a file on disk; auto: memory, else disk; off: nowhere",
+    )
+    dtype: Literal["same", "bf16", "fp16"] = Field(
+        default="same", description="same: as the first trained block receives it; the others are smaller, and not exact"
+    )
+    budget_gigabytes: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
+        default=None, description="of a node at most (10^9 bytes); null: half of what is free"
+    )
+    path: Text | None = Field(default=None, description="disk: folder, on each node best a local one; null: in the run's folder")
+
+
 class Checkpoint(Section):
     """When the state of the run is saved, so that it can go on after whatever stops it."""
 
@@ -336,12 +356,23 @@ class Config(Section):
     optimizer: Optimizer = Field(default_factory=Optimizer)
     train: Train = Field(default_factory=Train)
     engine: Engine = Field(default_factory=Engine)
+    cache: Cache = Field(default_factory=Cache)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
 
     @property
     def run_name(self) -> str:
         """`run.name`, or `{task}-{schedule}-{seed}`."""
         return self.run.name or f"{self.task.name}-{self.schedule.name}-{self.run.seed}".replace("/", "-")
+
+    @property
+    def frozen_mode(self) -> Literal["train", "eval"]:
+        """`schedule.frozen_mode`, or what the cache needs."""
+        return self.schedule.frozen_mode or ("train" if self.cache.storage == "off" else "eval")
+
+    @property
+    def schedule_label(self) -> str:
+        """The schedule's name, and what is not the paper's way, as tables show it."""
+        return self.schedule.name + (" (frozen blocks in eval mode)" if self.frozen_mode == "eval" else "")
 
     @property
     def stages(self) -> int:

@@ -211,6 +211,7 @@ class Engine(ABC):
         loss_function: LossFunction,
         learning_rate: float,
         notice: Callable[[], int] = lambda: 0,
+        around: Callable[[Any], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> StepResult:
         """One optimizer step on one global batch. A collective.
 
@@ -223,11 +224,12 @@ class Engine(ABC):
             loss_function: gives the loss of each row, float32, shape `(rows,)`.
             learning_rate: for this step.
             notice: a small number that this rank tells all others with the step's loss; asked for as late as possible.
+            around: given a micro-batch, a context for its forward and backward pass.
         """
         total = torch.zeros((), device=self.device)
         for index, micro in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
-            with self._accumulating(last):
+            with self._accumulating(last), around(micro):
                 outputs = self.forward(micro.inputs)
                 loss = loss_function(outputs, self.to_device(micro.labels)).sum() * (micro.weight / weight)
                 # Every engine averages over its ranks; the sum is wanted.
@@ -264,6 +266,24 @@ class Engine(ABC):
         """The model's outputs for one micro-batch, in the engine's precision."""
         with self._autocast():
             return self._wrapped()(**self.to_device(inputs), **self._no_cache)
+
+    def run_until(self, inputs: Mapping[str, torch.Tensor], end: type[Exception]) -> None:
+        """A forward pass without a graph that breaks off where `end` is raised in it.
+
+        A collective where parameters are partitioned. It does not enter through what wraps the model, which has nothing to do
+        where no gradient is wanted.
+        """
+        with torch.no_grad(), self._generating(), contextlib.suppress(end), self._breaking_off():
+            self.module(**self.to_device(inputs), **self._no_cache)
+
+    def _breaking_off(self) -> contextlib.AbstractContextManager[Any]:
+        """Around a forward pass that may not come to its end: nothing of it is left behind."""
+        return contextlib.nullcontext()
+
+    def synchronize(self) -> None:
+        """Waits for the GPU, where there is one."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def generate(self, inputs: Mapping[str, torch.Tensor], **options: Any) -> torch.Tensor:
         """Token ids that the model writes after its prompt, shape `(rows, new tokens)`; padded where a row has ended.

@@ -115,6 +115,18 @@ class DeepSpeedEngine(Engine):
         return torch.autocast(self.device.type, enabled=self.settings.precision == "bf16", dtype=torch.bfloat16)
 
     @contextlib.contextmanager
+    def _breaking_off(self) -> Iterator[None]:
+        from deepspeed.runtime.zero import parameter_offload
+
+        # Each module puts itself here when it is entered, and takes itself off when it is left.
+        stack = parameter_offload.FWD_MODULE_STACK
+        height = len(stack)
+        try:
+            yield
+        finally:
+            del stack[height:]
+
+    @contextlib.contextmanager
     def _accumulating(self, last: bool) -> Iterator[None]:
         self._engine.set_gradient_accumulation_boundary(last)
         yield

@@ -95,6 +95,8 @@ class Family:
         check_rows: refuses with a DataError rows that this architecture cannot read: request, the model's config, and the
             tokenised splits by name.
         refuses: methods that this architecture cannot have, each with the reason.
+        hand_on: what a block of the first stack gives beside the hidden states, made without running it: block, hidden states,
+            and the other arguments of its call; needed only where that is more than None.
         shared_blocks: the model applies each of its blocks several times.
         infer: finds base, embeddings, stacks and head of a model that has been built (on the meta device, perhaps), where
             they cannot be said beforehand; the other fields stay as they are.
@@ -116,6 +118,7 @@ class Family:
     check: Callable[[ModelRequest, Any, Any, Train], None] | None = None
     check_rows: Callable[[ModelRequest, Any, Mapping[str, Any]], None] | None = None
     refuses: Mapping[str, str] = field(default_factory=dict)
+    hand_on: Callable[..., tuple[Any, ...]] | None = None
     shared_blocks: bool = False
     unused: tuple[str, ...] = ()
     infer: Callable[[torch.nn.Module], Places] | None = None

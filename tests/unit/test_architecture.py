@@ -19,6 +19,7 @@ ORDER = [
     *("launcher", "signals", "learning_rate", "optim", "optimizers", "engine"),
     *("tasks", "data"),
     *("checkpoint", "resume", "verify", "watch"),
+    *("prefix", "cache"),
     *("meters", "trackers", "export"),
     *("session", "inputs", "folder", "setup", "progress", "loop", "run", "doctor", "cli", "__main__"),
 ]

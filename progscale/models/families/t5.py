@@ -50,6 +50,15 @@ def check_rows(request: ModelRequest, config: Any, splits: Mapping[str, Any]) ->
             )
 
 
+def hand_on(
+    block: Any, hidden: Any, attention_mask: Any = None, position_bias: Any = None, *rest: Any, **kw: Any
+) -> tuple[Any, Any]:
+    """The biases by relative position, which each block of the encoder hands on and the first one makes from its table."""
+    if position_bias is None:
+        position_bias = block.layer[0].SelfAttention.compute_bias(hidden.shape[1], hidden.shape[1], device=hidden.device)
+    return position_bias, None
+
+
 register_family(
     Family(
         name="t5",
@@ -67,6 +76,7 @@ register_family(
         head=("encoder.final_layer_norm", "decoder.final_layer_norm", "lm_head?", "qa_outputs?"),
         adapt=untie,
         check_rows=check_rows,
+        hand_on=hand_on,
         projections=("SelfAttention.q", "SelfAttention.v", "EncDecAttention.q", "EncDecAttention.v"),
         sublayers={
             "encoder": ("layer.0.dropout", "layer.1.dropout"),

@@ -1,0 +1,9 @@
+"""What the frozen blocks at the bottom give for each example, computed once and read afterwards."""
+
+from progscale.cache.cache import PrefixCache
+from progscale.cache.feed import EvalFeed, Feed, Repeats
+from progscale.cache.ledger import Nodes
+from progscale.cache.make import check_cache, make_feed, nodes_of
+from progscale.cache.room import CacheSettings
+
+__all__ = ["CacheSettings", "EvalFeed", "Feed", "Nodes", "PrefixCache", "Repeats", "check_cache", "make_feed", "nodes_of"]
