@@ -43,6 +43,7 @@ def train(session: Session) -> dict[str, Any]:
         for step, batch in s.batches(build.stage, progress.step):
             s.sign(f"step {step}")
             seed_step(config.run.seed, step, engine.rank)
+            s.feed.at(s.repeats(step))
             rate = s.learning_rate(step)
             result = engine.train_step(batch.micro_batches, batch.weight, s.task.loss, rate, s.notice, s.feed.around)
             s.heed(result.notices)

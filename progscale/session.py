@@ -6,6 +6,7 @@ import functools
 import gc
 import platform
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -124,7 +125,6 @@ class Session:
         step = start
         while step < stage.end_step:
             epoch, position = divmod(step, self.steps_per_epoch)
-            self.feed.at(self.repeats(step))
             for batch in self.loader.epoch(epoch, start=position):
                 yield step, batch
                 step += 1
@@ -214,12 +214,17 @@ class Session:
         """How often rows are run again, when `step` optimizer steps are done."""
         # A checkpoint, or an evaluation, at the end of an epoch still belongs to it.
         end_of_epoch = (step // self.steps_per_epoch + 1) * self.steps_per_epoch
-        when = self.config.train.evaluate
-        ends = {build.stage.end_step for build in self.builds} if when == "stage" else set()
-        if when == "epoch":
-            ends = set(range(self.steps_per_epoch, self.total_steps, self.steps_per_epoch))
-        left = sum(end >= step for end in ends | {self.total_steps})
+        left = len(self._evaluated_after) - bisect_left(self._evaluated_after, step)
         return Repeats(max(0, self.total_steps - end_of_epoch) / self.steps_per_epoch, max(0, left - 1))
+
+    @functools.cached_property
+    def _evaluated_after(self) -> list[int]:
+        """Steps after which the run is evaluated, ascending."""
+        stages = {build.stage.end_step - 1: build.stage for build in self.builds}
+        last = max(stages)
+        steps = sorted({*stages, *range(self.steps_per_epoch - 1, last, self.steps_per_epoch)})
+        stage_of = {step: stages[min(end for end in stages if end >= step)] for step in steps}
+        return [step + 1 for step in steps if self.evaluation_due(step, stage_of[step])]
 
     def cache_counts(self) -> dict[str, int] | None:
         """What the cache did in this stage, over all ranks; None without one. A collective."""

@@ -92,6 +92,7 @@ DEPENDENT = {
     *("task.generate", "task.max_new_tokens", "task.num_beams"),
     *("task.doc_stride", "task.n_best", "task.max_answer_length", "train.gradient_accumulation_steps"),
     *("schedule.first_blocks", "schedule.starts", "schedule.block_weights", "schedule.options"),
+    *("schedule.frozen_mode", "cache.storage", "cache.dtype", "cache.budget_gigabytes", "cache.path"),
     *("method.options", "optimizer.options", "optimizer.name", "optimizer.warmup_steps", "engine.name", "engine.deepspeed"),
 }
 
