@@ -231,6 +231,7 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-labels", type=int, metavar="N", help="outputs of a classification head; default: the task's, else 2"
     )
+    parser.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks, for bytes of each; default: 1")
     parser.add_argument("--paper", action="store_true", help="the paper's figures beside those computed from real architectures")
     parser.add_argument("--format", choices=["table", "json"], default="table", help="output format")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code from the model's repository")
@@ -297,10 +298,19 @@ def run_plan(options: argparse.Namespace) -> int:
     config = read_config(options, [f"{key}={json.dumps(value)}" for key, value in short.items() if value is not None])
     if config.model.name is None:
         raise ConfigError("plan: no model named; give --model NAME (e.g. bert-base-uncased), or --paper")
-    from progscale.plan import render_plan
+    from rich.console import Group
 
+    from progscale.estimate import render_costs, stage_costs
+    from progscale.plan import render_plan
+    from progscale.setup import optimizer_of
+
+    if options.world_size < 1:
+        raise ConfigError(f"--world-size: {options.world_size} is no number of ranks, from 1")
     plan = plan_of(config, options)
-    return show(plan.to_json(), lambda _: render_plan(plan), options.format)
+    costs = stage_costs(plan, config, options.world_size, optimizer_of(config).state_bytes_per_element)
+    content = {**plan.to_json(), "world_size": options.world_size, "costs": [cost.to_json() for cost in costs]}
+    tables = Group(render_plan(plan), "", render_costs(plan, costs, config, options.world_size))
+    return show(content, lambda _: tables, options.format)
 
 
 def run_doctor(options: argparse.Namespace) -> int:
@@ -343,6 +353,7 @@ def plan_of(config: Config, options: argparse.Namespace) -> Plan:
         family=config.model.family,
         revision=config.model.revision,
         trust_remote_code=options.trust_remote_code,
+        checkpointing=config.train.gradient_checkpointing,
     )
 
 

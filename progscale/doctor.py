@@ -202,14 +202,6 @@ def ranks_of(environment: Mapping[str, str], gpus: int, engine: str) -> tuple[Ch
     return Check(name, "ok", found), ranks
 
 
-def zero(config: Config) -> tuple[int, set[str], bool]:
-    """The ZeRO stage, 0 without DeepSpeed; what is offloaded ("param", "optimizer"); whether parameters have 16 bits."""
-    block = (config.engine.deepspeed or {}).get("zero_optimization", {})
-    offloaded = {what for what in ("param", "optimizer") if (block.get(f"offload_{what}") or {}).get("device", "none") != "none"}
-    stage = int(block.get("stage", 0))
-    return stage, offloaded, stage > 0 and config.train.precision in ("bf16_params", "fp16")
-
-
 def run_checks(config: Config, ranks: Ranks, *, on_gpu: bool) -> list[Check]:
     """What a run refuses once its ranks are known: batch, engine, precision, DeepSpeed's release and compiler."""
     import torch
@@ -217,6 +209,7 @@ def run_checks(config: Config, ranks: Ranks, *, on_gpu: bool) -> list[Check]:
 
     from progscale.engine.deepspeed import check_release
     from progscale.engine.launch import check_precision, find_compiler
+    from progscale.estimate import zero
     from progscale.setup import check_engine, optimizer_of
 
     train, count, (stage, offloaded, _) = config.train, ranks.world_size, zero(config)
@@ -269,33 +262,11 @@ def model_check(config: Config, permissions: Any) -> tuple[Check, Elements]:
 
 
 def state_of(config: Config, elements: Elements, world_size: int) -> tuple[int, int]:
-    """Bytes of weights, gradients and the optimizer's state on one rank: where it computes, and in CPU memory by offload.
+    """Bytes of weights, gradients and the optimizer's state on one rank: where it computes, and in CPU memory by offload."""
+    from progscale.estimate import rank_state
 
-    With AdamW a live parameter costs 4 + 4 + 8 bytes, a frozen one 4, a quantised one half a byte. Under DeepSpeed `bf16_params`
-    and `fp16` cost 2 + 2 + 12 (with fp32 accumulation 2 + 4 + 12; a frozen one 2), and fp32 weights are kept twice (4 + 4 + 12),
-    but under ZeRO-3 only with offload. ZeRO 1 divides the last number by the ranks, 2 the gradients too, 3 the weights too.
-    Other optimizers keep fewer bytes than 8.
-    """
-    from progscale.cost import state_bytes
-
-    stage, offloaded, half = zero(config)
-    precision: Literal["bf16", "fp32"] = "bf16" if half else "fp32"
-    moments = moment_bytes(config)
-    state = state_bytes(
-        elements.total,
-        elements.live,
-        precision=precision,
-        zero_stage=stage,
-        world_size=world_size,
-        moment_bytes=moments,
-        four_bit=elements.four_bit,
-    )
-    masters = 4 * -(-elements.live // world_size) if stage and not half and (stage < 3 or offloaded) else 0
-    types = (config.engine.deepspeed or {}).get("data_types") or {}
-    gradients = state.gradients * (2 if half and str(types.get("grad_accum_dtype")) in ("fp32", "float32") else 1)
-    optimizer = gradients + state.optimizer + masters
-    host = state.weights * ("param" in offloaded) + optimizer * ("optimizer" in offloaded)
-    return state.weights + optimizer - host, host
+    found = rank_state(config, elements.total, elements.live, elements.four_bit, world_size, moment_bytes(config))
+    return found.device, found.host
 
 
 def moment_bytes(config: Config) -> float:
@@ -325,6 +296,8 @@ def disk_checks(config: Config, elements: Elements, folder: Path, free: int, mou
     `elements` of the model (none: not known); `free` bytes in the existing `folder`; the content of /proc/mounts; RLIMIT_FSIZE in
     bytes, negative for none.
     """
+    from progscale.estimate import zero
+
     keep, shard = config.checkpoint.keep, config.checkpoint.shard_megabytes * 2**20
     checks = [writable("checkpoints: folder", folder, "choose another with --set run.output_dir=…")]
     places = [line.split()[1:3] for line in mounts.splitlines()]

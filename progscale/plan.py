@@ -15,10 +15,10 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from progscale.blocks import Partition, partition
-from progscale.cost import StateBytes
+from progscale.cost import StateBytes, Work, work_of
 from progscale.errors import ScheduleError
 from progscale.methods import Method, Subject, live_parameters, make_method
-from progscale.models.family import Family, HeadKind, ModelRequest
+from progscale.models.family import LANGUAGE_MODEL_HEADS, Family, HeadKind, ModelRequest
 from progscale.models.loading import build_meta, find_family
 from progscale.schedule import EmbeddingsPolicy, Stage, build_stages
 
@@ -47,6 +47,7 @@ class PlanStage:
         updated_parameters: trainable parameters x epochs.
         lowest_trained: the block, counted through all stacks, down to which the gradient has to run; 0 with the embeddings, the
             number of blocks where the head alone is trained.
+        work: what one of its steps computes.
     """
 
     stage: int
@@ -59,6 +60,7 @@ class PlanStage:
     trainable_parameters: int
     updated_parameters: Fraction
     lowest_trained: int
+    work: Work
 
     def to_json(self) -> dict[str, Any]:
         """As plain data; `first_block` is a number when the model has one stack of blocks."""
@@ -88,6 +90,10 @@ class Plan:
         baseline_trainable_parameters: elements that the method trains with every block and the embeddings live.
         block_fraction: share of the blocks' elements that the method trains (1 for full fine-tuning).
         block_parameters: elements of a block of each stack.
+        baseline_work: what a step computes with every block and the embeddings live.
+        sizes: elements of every parameter.
+        four_bit_parameters: elements that are quantised to four bits.
+        width: over which attention goes, the model's hidden size; 0 where it is not known.
         model: its name.
         method: its name.
         schedule: its name.
@@ -100,6 +106,10 @@ class Plan:
     baseline_trainable_parameters: int
     block_fraction: Fraction
     block_parameters: Mapping[str, Fraction]
+    baseline_work: Work
+    sizes: Mapping[str, int]
+    four_bit_parameters: int = 0
+    width: int = 0
     model: str = ""
     method: str = ""
     schedule: str = ""
@@ -160,6 +170,8 @@ def make_plan(
     *,
     model: str = "",
     schedule: str = "",
+    width: int = 0,
+    checkpointing: bool = False,
 ) -> Plan:
     """The plan of a run.
 
@@ -170,6 +182,8 @@ def make_plan(
         steps_per_epoch: optimizer steps of one epoch, at least 1.
         model: its name, for the table and the JSON.
         schedule: its name.
+        width: the model's hidden size.
+        checkpointing: activations are computed again in the backward pass.
 
     Raises:
         ScheduleError: no optimizer step in an epoch, or a stage in which the method trains nothing.
@@ -177,6 +191,12 @@ def make_plan(
     if steps_per_epoch < 1:
         raise ScheduleError(f"steps_per_epoch: {steps_per_epoch}; at least 1 is needed")
     planned = []
+    by_row, output = method.subject.head == "sequence_classification", tied_output(parts, method.subject.head)
+
+    def work(names: Sequence[str]) -> Work:
+        lowest = _lowest_trained(parts, names)
+        return work_of(parts, frozenset(names), lowest, head_by_row=by_row, output=output, checkpointing=checkpointing)
+
     for stage in stages:
         names = live_parameters(stage, parts, method)
         count = parts.count(names)
@@ -200,6 +220,7 @@ def make_plan(
                 trainable_parameters=count,
                 updated_parameters=count * epochs,
                 lowest_trained=_lowest_trained(parts, names),
+                work=work(names),
             )
         )
     everything = Stage(1, 0, 1, {stack: tuple(range(n)) for stack, n in parts.num_blocks.items()}, embeddings=True)
@@ -213,10 +234,28 @@ def make_plan(
         baseline_trainable_parameters=parts.count(baseline),
         block_fraction=Fraction(in_blocks, max(1, parts.numel("block"))),
         block_parameters={stack: _block_parameters(parts, stack) for stack in parts.num_blocks},
+        baseline_work=work(baseline),
+        sizes={name: info.numel for name, info in parts.parameters.items()},
+        four_bit_parameters=parts.count(info.name for info in parts.parameters.values() if info.four_bit),
+        width=width,
         model=model,
         method=method.name,
         schedule=schedule,
     )
+
+
+def hidden_size(model: Any) -> int:
+    """Of a transformers model; 0 where its config does not say."""
+    return int(getattr(getattr(model, "config", None), "hidden_size", None) or 0)
+
+
+def tied_output(parts: Partition, head: HeadKind) -> int:
+    """Elements of a language model's output matrix, where it is the embeddings'; else 0."""
+    if head not in LANGUAGE_MODEL_HEADS:
+        return 0
+    tied = [info for info in parts.parameters.values() if info.part == "embeddings" and len(info.shape) == 2 and info.tied]
+    outside = [info for info in tied if any(not name.startswith(parts.base) or "lm_head" in name for name in info.tied)]
+    return max((info.numel for info in outside), default=0)
 
 
 def _block_parameters(parts: Partition, stack: str) -> Fraction:
@@ -264,6 +303,7 @@ def plan_for(
     revision: str | None = None,
     trust_remote_code: bool = False,
     steps_per_epoch: int | None = None,
+    checkpointing: bool = False,
 ) -> Plan:
     """The plan of a model by name: on the meta device, with no data, and offline for well-known architectures.
 
@@ -285,6 +325,7 @@ def plan_for(
         revision: hub revision.
         trust_remote_code: the model may bring Python code.
         steps_per_epoch: optimizer steps of an epoch where they are known (`starts` counts in them).
+        checkpointing: activations are computed again in the backward pass.
 
     Raises:
         ModelError: the model cannot be found or cut into parts.
@@ -312,7 +353,9 @@ def plan_for(
     found = find_family(request, family, weights=False)
     trained = make_method(method, Subject(found, head, model_name), method_options)
     with torch.device("meta"):
-        model = trained.prepare(build_meta(request, found))
+        skeleton = build_meta(request, found)
+        width = hidden_size(skeleton)
+        model = trained.prepare(skeleton)
     parts = partition(model, found)
     check_shared_blocks(found, parts, schedule, count)
     built = build_stages(
@@ -323,7 +366,9 @@ def plan_for(
         embeddings=embeddings,
         options=options,
     )
-    return make_plan(parts, built, trained, steps_per_epoch, model=model_name, schedule=schedule)
+    return make_plan(
+        parts, built, trained, steps_per_epoch, model=model_name, schedule=schedule, width=width, checkpointing=checkpointing
+    )
 
 
 def check_shared_blocks(family: Family, parts: Partition, schedule: str, stages: int) -> None:

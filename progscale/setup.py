@@ -40,7 +40,7 @@ from progscale.models.tokenizers import set_pad_token
 from progscale.names import method_faults, with_options
 from progscale.optim import build_for
 from progscale.optimizers import OPTIMIZERS, Optimizer, Request
-from progscale.plan import NOMINAL_STEPS, Plan, check_shared_blocks, make_plan, render_plan, schedule_options
+from progscale.plan import NOMINAL_STEPS, Plan, check_shared_blocks, hidden_size, make_plan, render_plan, schedule_options
 from progscale.resume import FOLDER as CHECKPOINTS
 from progscale.resume import POLICIES, derive_stage, find_checkpoint, identity_of
 from progscale.schedule import Stage, build_stages
@@ -118,7 +118,15 @@ def prepare(
     total_steps = total_steps_of(config, loader.steps_per_epoch)
     stages = stages_of(config, family, parts, total_steps)
     model = "demo encoder" if config.model.name is None else found.request.name
-    plan = make_plan(parts, stages, method, loader.steps_per_epoch, model=model, schedule=config.schedule_label)
+    plan = make_plan(
+        parts,
+        stages,
+        method,
+        loader.steps_per_epoch,
+        model=model,
+        schedule=config.schedule_label,
+        width=hidden_size(found.skeleton),
+    )
     check_cache(config, plan)
     world_size = int(accelerator.num_processes)
     console.show(

@@ -327,7 +327,9 @@ def stage_table(stages: Sequence[Mapping[str, Any]]) -> Table:
     """The stages of a finished run, from the entries of summary.json."""
     table = Table(title="What each stage did", title_justify="left")
     headings = ("stage", "first block", "updated M", "planned M", "train s", "switch s", "audit s", "samples /s", "tokens /s")
-    for heading in (*headings, "peak MB", "optim. MB", "frozen changed"):
+    # Only where it tells something: the table is wide.
+    several = any(entry.get("communicated_bytes") for entry in stages)
+    for heading in (*headings, "peak MB", "optim. MB", *(["comm. MB /step"] if several else []), "frozen changed"):
         table.add_column(heading, justify="right", min_width=5)
     for entry in stages:
         table.add_row(
@@ -342,6 +344,7 @@ def stage_table(stages: Sequence[Mapping[str, Any]]) -> Table:
             f"{entry['tokens_per_second']:.0f}",
             f"{entry['peak_memory_bytes'] / 1e6:.0f}",
             f"{entry['optimizer_state_bytes'] / 1e6:.1f}",
+            *([f"{(entry.get('communicated_bytes') or 0) / 1e6:.1f}"] if several else []),
             str(entry["frozen_changed"]),
         )
     return table

@@ -21,6 +21,7 @@ import xxhash
 from progscale.engine import ranks
 from progscale.engine.moving import redistribute
 from progscale.engine.state import MASTER, Shard, Slice, deal, match_shards, move_shard, slices_of
+from progscale.engine.traffic import TrafficCounter
 from progscale.errors import ModelError
 from progscale.layers import quantisation_tensors
 from progscale.models.saving import persistent_buffers
@@ -29,6 +30,9 @@ from progscale.optimizers import AdamW, Optimizer
 
 T = TypeVar("T")
 
+# Steps of each stage whose traffic is counted, of which the last one stands: ZeRO-3 learns in the first what it need not gather
+# twice. Counting costs Python's time for every operation.
+LOOKS = 2
 Precision = Literal["fp32", "bf16", "bf16_params", "fp16"]
 LossFunction = Callable[[Any, Mapping[str, torch.Tensor]], torch.Tensor]
 
@@ -112,6 +116,8 @@ class Engine(ABC):
         name: "plain", "ddp", "zero1", "zero2-offload", … as reports show it.
         module: the model itself, without any wrapper.
         build: the current stage's description.
+        traffic: bytes of all collectives in one of the stage's first steps on this rank, see `TrafficCounter`; 0 on one rank
+            alone, None before.
     """
 
     name: str
@@ -122,6 +128,9 @@ class Engine(ABC):
         self.accelerator = accelerator
         self.build: StageBuild | None = None
         self._state_checked = False
+        # Bytes that this rank hands to collectives in a step of the stage; None until one was taken.
+        self.traffic: int | None = None
+        self._looks = 0
         # Names never change, the tensors behind them neither: looked up once.
         self.parameters: dict[str, torch.nn.Parameter] = dict(module.named_parameters())
         # Keys and values of a whole sequence are kept for what comes after it, and in training nothing does.
@@ -170,6 +179,7 @@ class Engine(ABC):
             self._release()
         self._set_trainable(build)
         self.build = build
+        self.traffic, self._looks = (None, LOOKS) if self.world_size > 1 else (0, 0)
         self._build(build)
         carried, requantized = self._carry(old)
         if scale is not None:
@@ -226,6 +236,23 @@ class Engine(ABC):
             notice: a small number that this rank tells all others with the step's loss; asked for as late as possible.
             around: given a micro-batch, a context for its forward and backward pass.
         """
+        if self._looks == 0:
+            return self._train_step(micro_batches, weight, loss_function, learning_rate, notice, around)
+        self._looks -= 1
+        with TrafficCounter() as counter:
+            result = self._train_step(micro_batches, weight, loss_function, learning_rate, notice, around)
+        self.traffic = counter.total
+        return result
+
+    def _train_step(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        weight: float,
+        loss_function: LossFunction,
+        learning_rate: float,
+        notice: Callable[[], int],
+        around: Callable[[Any], contextlib.AbstractContextManager[None]],
+    ) -> StepResult:
         total = torch.zeros((), device=self.device)
         for index, micro in enumerate(micro_batches):
             last = index == len(micro_batches) - 1

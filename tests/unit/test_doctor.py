@@ -279,7 +279,7 @@ def test_data_that_is_not_there_is_a_problem(tmp_path: Path) -> None:
         (Config(train=Train(precision="fp16")), 1, 800 * 16 + 200 * 4, 0),
         (zero(1), 4, 1000 * 4 + 800 * 4 + 200 * 12, 0),
         (zero(2), 4, 1000 * 4 + 200 * 4 + 200 * 12, 0),
-        (zero(3), 4, 250 * 4 + 200 * 4 + 200 * 8, 0),
+        (zero(3), 4, 250 * 4 + 200 * 4 + 200 * 12, 0),
         (zero(2, precision="bf16_params"), 4, 1000 * 2 + 200 * 2 + 200 * 12, 0),
         (zero(2, precision="bf16_params", types={"grad_accum_dtype": "fp32"}), 4, 1000 * 2 + 200 * 4 + 200 * 12, 0),
         (zero(3, precision="fp16"), 4, 250 * 2 + 200 * 2 + 200 * 12, 0),

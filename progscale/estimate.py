@@ -1,0 +1,218 @@
+"""What each stage of a plan costs on given ranks: operations, bytes of state and between ranks, time beside plain fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from progscale.config import Config, micro_batch_size
+from progscale.cost import Flops, StateBytes, Work, state_bytes
+from progscale.plan import Plan, compute_share
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+# What DeepSpeed keeps whole on every rank under ZeRO-3 where the config does not say.
+PERSISTENCE_THRESHOLD = 100_000
+
+
+@dataclass(frozen=True)
+class RankState:
+    """Bytes of a model's state on one rank, and which of them offload keeps in the CPU's memory."""
+
+    state: StateBytes
+    host: int
+
+    @property
+    def device(self) -> int:
+        """Where the rank computes."""
+        return self.state.total - self.host
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What a stage costs.
+
+    Attributes:
+        stage: 1-based.
+        flops: of an optimizer step over all ranks, every row as long as the longest.
+        rank: bytes of state on a rank.
+        communicated_bytes: that a rank hands to collectives in a step.
+        time_share: predicted time of a step as a share of plain fine-tuning's, by `flops`.
+    """
+
+    stage: int
+    flops: Flops
+    rank: RankState
+    communicated_bytes: int
+    time_share: float
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        state = self.rank.state
+        return {
+            "stage": self.stage,
+            "flops": self.flops.to_json(),
+            "weight_bytes": state.weights,
+            "gradient_bytes": state.gradients,
+            "optimizer_bytes": state.optimizer,
+            "host_bytes": self.rank.host,
+            "communicated_bytes": self.communicated_bytes,
+            "time_share": self.time_share,
+        }
+
+
+def zero(config: Config) -> tuple[int, set[str], bool]:
+    """The ZeRO stage, 0 without DeepSpeed; what is offloaded ("param", "optimizer"); whether parameters have 16 bits."""
+    block = (config.engine.deepspeed or {}).get("zero_optimization", {})
+    offloaded = {what for what in ("param", "optimizer") if (block.get(f"offload_{what}") or {}).get("device", "none") != "none"}
+    stage = int(block.get("stage", 0))
+    return stage, offloaded, stage > 0 and config.train.precision in ("bf16_params", "fp16")
+
+
+def rank_state(config: Config, total: int, live: int, four_bit: int, world_size: int, moment_bytes: float) -> RankState:
+    """Bytes of weights, gradients and the optimizer's state on one rank.
+
+    With AdamW a live parameter costs 4 + 4 + 8 bytes, a frozen one 4, a quantised one half a byte. Under DeepSpeed `bf16_params`
+    and `fp16` cost 2 + 2 + 12 (with fp32 accumulation 2 + 4 + 12; a frozen one 2), and fp32 weights are kept twice (4 + 4 + 12).
+    ZeRO 1 divides the last number by the ranks, 2 the gradients too, 3 the weights too.
+
+    Args:
+        config: of the run.
+        total: elements of the model.
+        live: elements that are trained.
+        four_bit: elements that are quantised.
+        world_size: ranks.
+        moment_bytes: that the optimizer keeps for an element, without the weights.
+    """
+    stage, offloaded, half = zero(config)
+    precision: Literal["bf16", "fp32"] = "bf16" if half else "fp32"
+    plain = state_bytes(
+        total, live, precision=precision, zero_stage=stage, world_size=world_size, moment_bytes=moment_bytes, four_bit=four_bit
+    )
+    # Under ZeRO-3 too: DeepSpeed would spare them, but asks whether a torch.device equals a text, which it never does (0.19.8).
+    masters = 4 * -(-live // world_size) if stage and not half else 0
+    types = (config.engine.deepspeed or {}).get("data_types") or {}
+    gradients = plain.gradients * (2 if half and str(types.get("grad_accum_dtype")) in ("fp32", "float32") else 1)
+    state = StateBytes(plain.weights, gradients, plain.optimizer + masters)
+    host = state.weights * ("param" in offloaded) + (gradients + state.optimizer) * ("optimizer" in offloaded)
+    return RankState(state, host)
+
+
+def communicated_bytes(config: Config, *, live: int, gathered: int, whole: int, world_size: int, micro_batches: int) -> int:
+    """Bytes that a rank hands to collectives in a step: gradients of what is live, and weights that others hold.
+
+    Args:
+        config: of the run.
+        live: elements that are trained.
+        gathered: elements that ZeRO-3 gathers for each micro-batch.
+        whole: elements that it keeps whole on every rank, and gathers after each step, frozen ones too.
+        world_size: ranks.
+        micro_batches: of a rank in a step.
+    """
+    if world_size == 1:
+        return 0
+    stage, _, half = zero(config)
+    width = 2 if half else 4
+    if stage == 0:
+        return 4 * live
+    # ZeRO 1 reduces what has been summed up; with partitioned gradients each micro-batch's are reduced at once.
+    reduced = width * live * (1 if stage == 1 else micro_batches)
+    return reduced + width * (gathered * micro_batches + whole if stage == 3 else live)
+
+
+def stage_costs(plan: Plan, config: Config, world_size: int, moment_bytes: float) -> tuple[StageCost, ...]:
+    """What each stage of a plan costs.
+
+    Args:
+        plan: of the config's run.
+        config: of the run: its batch, precision and engine.
+        world_size: ranks.
+        moment_bytes: that the optimizer keeps for an element, without the weights.
+
+    Raises:
+        ConfigError: the ranks cannot share the global batch.
+    """
+    rows, length = config.train.global_batch_size, config.train.max_length
+    micro = micro_batch_size(config, world_size)
+    micro_batches = -(-rows // (world_size * micro))
+    everything = flops_of(plan.baseline_work, plan, length)
+    block = (config.engine.deepspeed or {}).get("zero_optimization", {})
+    threshold = block.get("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
+    threshold = 10 * plan.width if threshold == "auto" else int(threshold)
+    gathered = sum(size for size in plan.sizes.values() if size > threshold)
+    costs = []
+    for stage in plan.stages:
+        flops = flops_of(stage.work, plan, length)
+        costs.append(
+            StageCost(
+                stage.stage,
+                flops.times(rows),
+                rank_state(
+                    config, plan.total_parameters, stage.trainable_parameters, plan.four_bit_parameters, world_size, moment_bytes
+                ),
+                communicated_bytes(
+                    config,
+                    live=stage.trainable_parameters,
+                    gathered=gathered,
+                    whole=sum(plan.sizes.values()) - gathered,
+                    world_size=world_size,
+                    micro_batches=micro_batches,
+                ),
+                flops.total / everything.total,
+            )
+        )
+    return tuple(costs)
+
+
+def flops_of(work: Work, plan: Plan, length: int) -> Flops:
+    """Of one row."""
+    return work.flops(length, plan.width)
+
+
+def time_share(plan: Plan, length: int, *, cache: bool = False) -> float:
+    """Predicted time of a run as a share of the same method without stages, by floating-point operations.
+
+    Args:
+        plan: of the run.
+        length: tokens of a row.
+        cache: what frozen blocks give is computed once for each row.
+    """
+    steps = {stage.stage: stage.end_step - stage.start_step for stage in plan.stages}
+    ours = sum(steps[stage.stage] * flops_of(stage.work, plan, length).total for stage in plan.stages)
+    share = ours / (plan.total_steps * flops_of(plan.baseline_work, plan, length).total)
+    return share * compute_share(plan, cache=True) / compute_share(plan) if cache else share
+
+
+def render_costs(plan: Plan, costs: Sequence[StageCost], config: Config, world_size: int) -> RenderableType:
+    """The costs as a table for the terminal."""
+    from rich.table import Table
+    from rich.text import Text
+
+    train = config.train
+    ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
+    stage, offloaded, _ = zero(config)
+    engine = f"ZeRO-{stage}{' with offload' if offloaded else ''}" if stage else "DDP" if world_size > 1 else "one process"
+    title = f"A step of {train.global_batch_size} rows of {train.max_length} tokens, {ranks} ({engine}), {train.precision}"
+    table = Table(title=Text(title), caption=Text(_prediction(plan, config)), caption_justify="left")
+    headings = ("stage", "forward TFLOP", "act. grad TFLOP", "weight grad TFLOP", "time / none")
+    for heading in (*headings, "weights GiB", "gradients GiB", "optim. GiB", "comm. MB"):
+        table.add_column(heading, justify="right")
+    for cost in costs:
+        flops, state = cost.flops, cost.rank.state
+        cells = [str(cost.stage)]
+        cells += [f"{value / 1e12:.3g}" for value in (flops.forward, flops.activation_gradient, flops.weight_gradient)]
+        cells += [f"{cost.time_share:.2f}"]
+        cells += [f"{value / 2**30:.2f}" for value in (state.weights, state.gradients, state.optimizer)]
+        cells += [f"{cost.communicated_bytes / 1e6:.1f}"]
+        table.add_row(*cells)
+    return table
+
+
+def _prediction(plan: Plan, config: Config) -> str:
+    length = config.train.max_length
+    text = f"predicted time of the run beside plain fine-tuning: {time_share(plan, length):.2f}"
+    if config.cache.storage != "off":
+        text += f", with the cache {time_share(plan, length, cache=True):.2f}"
+    return text + " (by operations; activations, and what the engine keeps beside the state, are not in the bytes)"

@@ -1,0 +1,59 @@
+"""What the plan says of bytes is what a rank really holds and sends, stage by stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.harness import costs
+from tests.harness.cases import ENGINES
+from tests.harness.costs import Measured
+from tests.harness.worker import TwoRanks
+
+# Each tensor's step counter, and what fills up the flat buffer of a param group: ten of them, aligned to 2 elements of each rank.
+COUNTERS = {"plain": 4 * 105, "ddp": 4 * 105}
+OF_GROUPS = 10 * (4 + 2 * 2 * 4)
+# Losses, norms and notices that the ranks tell each other; DDP's buffers; the same padding.
+TALK, BUFFERS = 300, 2000
+
+
+def measured(two_ranks: TwoRanks, engine: str, **case: Any) -> list[list[Measured]]:
+    return (
+        [costs.run(engine=engine, **case)]
+        if engine == "plain"
+        else two_ranks.run("tests.harness.costs:run", engine=engine, **case)
+    )
+
+
+def check(found: Measured, engine: str) -> None:
+    planned = found.planned.rank.state
+    assert found.weights == planned.weights
+    assert 0 <= found.gradients - planned.gradients <= OF_GROUPS
+    assert 0 <= found.optimizer - planned.optimizer <= COUNTERS.get(engine, OF_GROUPS)
+    sent = found.planned.communicated_bytes
+    assert sent <= found.communicated <= sent + (0 if engine == "plain" else BUFFERS if engine == "ddp" else TALK)
+
+
+@pytest.mark.parametrize("engine", list(ENGINES))
+def test_every_engine(two_ranks: TwoRanks, engine: str) -> None:
+    for rank in measured(two_ranks, engine):
+        assert len(rank) == 3
+        for found in rank:
+            check(found, engine)
+        # Of what is frozen no gradient is kept, nor sent.
+        assert rank[2].gradients < rank[1].gradients < rank[0].gradients
+        if engine != "plain":
+            assert rank[2].communicated < rank[1].communicated < rank[0].communicated
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+def test_a_method_that_trains_little_sends_little(two_ranks: TwoRanks, engine: str) -> None:
+    for found in measured(two_ranks, engine, method="lora")[0]:
+        check(found, engine)
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_half_precision(two_ranks: TwoRanks, engine: str) -> None:
+    for found in measured(two_ranks, engine, precision="bf16_params")[0]:
+        check(found, engine)
