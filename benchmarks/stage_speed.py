@@ -7,9 +7,10 @@
 Two engines over the same random weights take turns step by step, so that a slow second of the machine hits both: one trains all
 in every step, the other has the row's schedule, embeddings policy, method and cache. Both take the step as the loop does it
 (seeding, batches by length, loss, clipping, fused AdamW). The ratio is that of the sums over the run; `limit` is what the blocks
-alone could give (`compute_share` of the plan); the optimizer's step, which frozen parameters save too, is not in it. Switches, and
-the audit of frozen tensors, are left out: at these few steps an epoch they would stand for more than they are in a real run. The
-cache's first look is in it, two micro-batches that are computed from the tokens: at 8 steps an epoch a quarter of one pass.
+alone could give (`compute_share` of the plan), without the optimizer's step, which frozen parameters save too.
+
+Switches, and the audit of frozen tensors, are left out: at these few steps an epoch they would stand for more than they are in a
+real run. The cache's first look is in it, two micro-batches that are computed from the tokens.
 """
 
 from __future__ import annotations

@@ -145,15 +145,18 @@ def stage_costs(plan: Plan, config: Config, world_size: int, moment_bytes: float
     costs = []
     for stage in plan.stages:
         flops = flops_of(stage.work, plan, length)
+        staged = config.model_copy(
+            update={"engine": config.engine.model_copy(update={"deepspeed": config.deepspeed_of(stage.stage)})}
+        )
         costs.append(
             StageCost(
                 stage.stage,
                 flops.times(rows),
                 rank_state(
-                    config, plan.total_parameters, stage.trainable_parameters, plan.four_bit_parameters, world_size, moment_bytes
+                    staged, plan.total_parameters, stage.trainable_parameters, plan.four_bit_parameters, world_size, moment_bytes
                 ),
                 communicated_bytes(
-                    config,
+                    staged,
                     live=stage.trainable_parameters,
                     gathered=gathered,
                     whole=sum(plan.sizes.values()) - gathered,

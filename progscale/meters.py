@@ -83,6 +83,7 @@ class StageRecord:
         optimizer_state_bytes: moments and separate fp32 masters, the rank that holds most.
         frozen_changed: frozen tensors whose bits changed in the switch or during the stage; anything but 0 is a fault.
         carried: how the optimizer state reached this stage: none, shards or slices.
+        engine: its name in this stage.
         communicated_bytes: of all collectives of a step on a rank (the stage's second one); None where a resumed run took none.
         frozen_prefix: blocks below the lowest trained tensor, which the backward pass does not reach.
         cache: training rows whose frozen prefix was `read`, `extended` from a lower depth or `computed`, and `bytes` reserved on
@@ -107,6 +108,7 @@ class StageRecord:
     optimizer_state_bytes: int
     frozen_changed: int
     carried: str
+    engine: str = ""
     communicated_bytes: int | None = None
     frozen_prefix: int = 0
     cache: dict[str, int] | None = None
@@ -263,6 +265,7 @@ class StageMeter:
             optimizer_state_bytes=state_bytes,
             frozen_changed=0,  # or the audit would have raised
             carried=carried,
+            engine=engine.name,
             communicated_bytes=engine.traffic,
             frozen_prefix=frozen_prefix,
             cache=cache,

@@ -314,7 +314,7 @@ def make_engine(config: Config, module: torch.nn.Module, method: Method[Any], ac
         max_grad_norm=train.max_grad_norm,
         micro_batch_size=micro_batch_size(config, int(accelerator.num_processes)),
     )
-    return create_engine(module, settings, accelerator, deepspeed)
+    return create_engine(module, settings, accelerator, deepspeed, lambda stage: config.deepspeed_of(stage) or {})
 
 
 def save_base(module: torch.nn.Module, tokenizer: Any, folder: Path) -> None:

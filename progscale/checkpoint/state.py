@@ -45,6 +45,7 @@ class SavedStage(Part):
     optimizer_state_bytes: Count
     frozen_changed: Count
     carried: str
+    engine: str = ""
     communicated_bytes: Count | None = None
     frozen_prefix: Count = 0
     cache: dict[str, Count] | None = None

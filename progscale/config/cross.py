@@ -18,6 +18,7 @@ from progscale.config.schema import (
     Config,
     Section,
 )
+from progscale.config.stages import stage_faults
 from progscale.errors import Fault
 
 SOURCES = ("hub", "train_file", "validation_file")
@@ -135,7 +136,9 @@ def _optimizer(checks: _Checks) -> None:
         checks.fault(
             "optimizer.options", f"no options for {checks.got('optimizer.name')}: it takes none; remove them", "optimizer.name"
         )
-    if optimizer.name in PAGED_OPTIMIZERS and _offloads_optimizer(checks.config.engine.deepspeed):
+    if optimizer.name in PAGED_OPTIMIZERS and any(
+        _offloads_optimizer(checks.config.deepspeed_of(stage)) for stage in range(1, min(checks.config.stages, MOST_STAGES) + 1)
+    ):
         checks.fault(
             "optimizer.name",
             f"{checks.value('optimizer.name')} pages its state out of a GPU's memory, where zero_optimization.offload_optimizer"
@@ -236,6 +239,9 @@ def _engine(checks: _Checks) -> None:
             'missing; engine.name deepspeed needs it, e.g. {"zero_optimization": {"stage": 2}}',
             "engine.name",
         )
+    if engine.by_stage is not None:
+        for found in stage_faults(engine.deepspeed, engine.by_stage, checks.config.stages):
+            checks.fault(found.key, found.message, "engine.by_stage", "engine.deepspeed", "schedule.stages", "train.epochs")
     if precision == "bf16_params" and engine.deepspeed is None:
         checks.fault(
             "train.precision",

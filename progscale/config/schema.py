@@ -306,6 +306,10 @@ class Engine(Section):
     deepspeed: dict[str, Any] | None = Field(
         default=None, description='a DeepSpeed config, literally; batch, clipping and bucket sizes may be "auto"'
     )
+    by_stage: dict[str, dict[str, Any]] | None = Field(
+        default=None,
+        description='DeepSpeed keys that differ by stage, e.g. {"1": {"zero_optimization": {"stage": 1}}}; "2-4", "3-" are several',
+    )
     timeout_seconds: Count = Field(default=600, description="give up when a rank is silent for so long")
 
 
@@ -368,6 +372,12 @@ class Config(Section):
     def frozen_mode(self) -> Literal["train", "eval"]:
         """`schedule.frozen_mode`, or what the cache needs."""
         return self.schedule.frozen_mode or ("train" if self.cache.storage == "off" else "eval")
+
+    def deepspeed_of(self, stage: int) -> dict[str, Any] | None:
+        """The DeepSpeed config of a stage (1-based): `engine.deepspeed` with what `engine.by_stage` has for it."""
+        from progscale.config.stages import deepspeed_of
+
+        return deepspeed_of(self.engine.deepspeed, self.engine.by_stage, stage)
 
     @property
     def schedule_label(self) -> str:

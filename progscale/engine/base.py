@@ -168,7 +168,7 @@ class Engine(ABC):
             force: rebuild even when the trained tensors stay the same.
         """
         start = time.perf_counter()
-        if self.build is not None and self.build.groups == build.groups and not force:
+        if self._stays(build) and not force:
             self.build = build
             return Switch(False, time.perf_counter() - start, "none")
         first = self.build is None
@@ -185,6 +185,10 @@ class Engine(ABC):
         if scale is not None:
             self.load_scaler_state(scale)
         return Switch(True, time.perf_counter() - start, carried, requantized)
+
+    def _stays(self, build: StageBuild) -> bool:
+        """Whether what stands there is what `build` asks for."""
+        return self.build is not None and self.build.groups == build.groups
 
     def _forget_prepared(self) -> None:
         """Lets Accelerate drop the old stage's model and optimizer, and collects the cycles that keep them alive."""

@@ -40,18 +40,23 @@ class DeepSpeedEngine(Engine):
         settings: common to all engines.
         accelerator: made with a DeepSpeedPlugin.
         deepspeed: the user's literal DeepSpeed JSON, without the keys that are ours.
+        of_stage: the same for each stage (1-based), where it differs; whether parameters are partitioned does not.
     """
 
     partitions_state = True
 
-    def __init__(self, module: torch.nn.Module, settings: EngineSettings, accelerator: Any, deepspeed: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        settings: EngineSettings,
+        accelerator: Any,
+        deepspeed: Mapping[str, Any],
+        of_stage: Callable[[int], Mapping[str, Any]] | None = None,
+    ) -> None:
         super().__init__(module, settings, accelerator)
-        self.deepspeed = dict(deepspeed)
-        zero = self.deepspeed["zero_optimization"]
-        self.zero_stage = int(zero["stage"])
+        self._of_stage = of_stage or (lambda stage: deepspeed)
+        self._take(deepspeed)
         self.partitions_parameters = self.zero_stage == 3
-        self.offloads = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
-        self.name = f"zero{self.zero_stage}" + ("-offload" if self.offloads else "")
         self.scales_loss = settings.precision == "fp16"
         self._engine: Any = None
         for child in module.modules():
@@ -67,7 +72,18 @@ class DeepSpeedEngine(Engine):
 
     # -- stages ---------------------------------------------------------------------------------------------------
 
+    def _take(self, deepspeed: Mapping[str, Any]) -> None:
+        self.deepspeed = dict(deepspeed)
+        zero = self.deepspeed["zero_optimization"]
+        self.zero_stage = int(zero["stage"])
+        self.offloads = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+        self.name = f"zero{self.zero_stage}" + ("-offload" if self.offloads else "")
+
+    def _stays(self, build: StageBuild) -> bool:
+        return super()._stays(build) and dict(self._of_stage(build.stage.index)) == self.deepspeed
+
     def _build(self, build: StageBuild) -> None:
+        self._take(self._of_stage(build.stage.index))
         for name in self.parameters:
             if name not in build.live:
                 leave_flat_buffer(self._held(name))

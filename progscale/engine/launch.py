@@ -8,7 +8,7 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -142,13 +142,25 @@ def check_precision(precision: str, device: torch.device, deepspeed: bool) -> No
 
 
 def create_engine(
-    module: torch.nn.Module, settings: EngineSettings, accelerator: Any, deepspeed: Mapping[str, Any] | None = None
+    module: torch.nn.Module,
+    settings: EngineSettings,
+    accelerator: Any,
+    deepspeed: Mapping[str, Any] | None = None,
+    of_stage: Callable[[int], Mapping[str, Any]] | None = None,
 ) -> Engine:
-    """The engine that fits: DeepSpeed when its JSON is given, else DDP on several processes, else plain."""
+    """The engine that fits: DeepSpeed when its JSON is given, else DDP on several processes, else plain.
+
+    Args:
+        module: the model, as the method prepared it.
+        settings: common to all engines.
+        accelerator: from `make_accelerator`.
+        deepspeed: the literal DeepSpeed JSON.
+        of_stage: the same for each stage, where it differs.
+    """
     if deepspeed is not None:
         from progscale.engine.deepspeed import DeepSpeedEngine
 
-        return DeepSpeedEngine(module, settings, accelerator, deepspeed)
+        return DeepSpeedEngine(module, settings, accelerator, deepspeed, of_stage)
     return LocalEngine(module, settings, accelerator)
 
 

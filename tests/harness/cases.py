@@ -101,6 +101,7 @@ class Outcome:
     state_names: list[list[str]] = field(default_factory=list)
     live_names: list[list[str]] = field(default_factory=list)
     carried: list[str] = field(default_factory=list)
+    engines: list[str] = field(default_factory=list)
     faults: list[tuple[str | None, tuple[int, ...]]] = field(default_factory=list)
 
 
@@ -154,8 +155,8 @@ def reset_accelerate() -> None:
     PartialState._reset_state()
 
 
-def make_engine(module: torch.nn.Module, engine: str, **settings: Any) -> Engine:
-    """An engine of the named kind over `module`."""
+def make_engine(module: torch.nn.Module, engine: str, by_stage: Sequence[str] = (), **settings: Any) -> Engine:
+    """An engine of the named kind over `module`, or of one kind for each stage."""
     set_up_cpu(1)
     reset_accelerate()
     if settings.get("precision") == "fp16" and deepspeed_of(engine) is not None and not torch.cuda.is_available():
@@ -166,7 +167,9 @@ def make_engine(module: torch.nn.Module, engine: str, **settings: Any) -> Engine
     deepspeed = deepspeed_of(engine)
     accelerator = make_accelerator(deepspeed=deepspeed)
     settings["optimizer"] = OPTIMIZERS.get(settings.pop("optimizer", "adamw")).of(Request())
-    made = create_engine(module, EngineSettings(micro_batch_size=2, **settings), accelerator, deepspeed)
+    kinds = [deepspeed_of(kind) or {} for kind in by_stage]
+    of_stage = (lambda stage: kinds[stage - 1]) if kinds else None
+    made = create_engine(module, EngineSettings(micro_batch_size=2, **settings), accelerator, deepspeed, of_stage)
     assert made.name == engine.partition("+")[0], (made.name, engine)
     return made
 
@@ -237,6 +240,7 @@ def run(
     poison: Sequence[tuple[int, int]] = (),
     poison_gradient: Sequence[tuple[int, int]] = (),
     optimizer: str = "adamw",
+    by_stage: Sequence[str] = (),
 ) -> Outcome:
     """Trains a tiny model and records what the contract tests ask about.
 
@@ -246,6 +250,7 @@ def run(
         config: further entries of the model's config.
         poison: (step, rank) whose loss becomes infinite.
         width: hidden size (of families that call it so).
+        by_stage: a key of ENGINES or VARIANTS for each stage, beginning with `engine`.
         poison_gradient: (step, rank) whose loss stays finite, and whose gradient becomes infinite.
     """
     module = tiny_model(family, blocks=blocks, **({} if width == 16 else {"hidden_size": width}), **(config or {}))
@@ -255,7 +260,7 @@ def run(
     if checkpointing:
         enable_checkpointing(module)
     module.train()
-    made = make_engine(module, engine, precision=precision, optimizer=optimizer)
+    made = make_engine(module, engine, by_stage, precision=precision, optimizer=optimizer)
     parts, builds = builds_of(module, schedule, embeddings, stages, steps, dict(options or {}), trained)
     curve_of = LearningRate(1e-3, curve, steps, warmup_steps=1, final_fraction=0.1)  # type: ignore[arg-type]
     vocabulary = int(module.config.vocab_size)
@@ -266,6 +271,7 @@ def run(
                 parameter.requires_grad_(name in build.live)
         else:
             outcome.carried.append(made.begin_stage(build, force=force).carried)
+            outcome.engines.append(made.name)
         live = sorted(build.live)
         frozen = [name for name in parts.parameters if name not in build.live]
         before, bits, volume = masters(made), made.digests(frozen), made.updated_volume()
