@@ -57,6 +57,7 @@ def train(session: Session) -> dict[str, Any]:
             first_block=s.first_block(build.stage),
             switch_seconds=progress.switch_seconds,
             carried=progress.carried,
+            micro_batch_size=s.loader.micro_batch_size,
             frozen_prefix=s.depth_of(build.stage),
             cache=s.cache_counts(),
         )

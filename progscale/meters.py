@@ -84,6 +84,7 @@ class StageRecord:
         frozen_changed: frozen tensors whose bits changed in the switch or during the stage; anything but 0 is a fault.
         carried: how the optimizer state reached this stage: none, shards or slices.
         engine: its name in this stage.
+        micro_batch_size: rows that a rank ran at once, at most.
         communicated_bytes: of all collectives of a step on a rank (the stage's second one); None where a resumed run took none.
         frozen_prefix: blocks below the lowest trained tensor, which the backward pass does not reach.
         cache: training rows whose frozen prefix was `read`, `extended` from a lower depth or `computed`, and `bytes` reserved on
@@ -109,6 +110,7 @@ class StageRecord:
     frozen_changed: int
     carried: str
     engine: str = ""
+    micro_batch_size: int = 0
     communicated_bytes: int | None = None
     frozen_prefix: int = 0
     cache: dict[str, int] | None = None
@@ -232,6 +234,7 @@ class StageMeter:
         first_block: int | dict[str, int],
         switch_seconds: float,
         carried: str,
+        micro_batch_size: int = 0,
         frozen_prefix: int = 0,
         cache: dict[str, int] | None = None,
     ) -> StageRecord:
@@ -266,6 +269,7 @@ class StageMeter:
             frozen_changed=0,  # or the audit would have raised
             carried=carried,
             engine=engine.name,
+            micro_batch_size=micro_batch_size,
             communicated_bytes=engine.traffic,
             frozen_prefix=frozen_prefix,
             cache=cache,

@@ -8,7 +8,7 @@ import platform
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from progscale.data import GlobalBatch, MicroBatch, TrainLoader, eval_batches
 from progscale.engine.base import Engine, StepResult, Switch
 from progscale.errors import CheckpointError, WriteError
 from progscale.export import export_model, exported_origin
+from progscale.fit import fit_micro_batch
 from progscale.learning_rate import LearningRate
 from progscale.meters import MemoryMeter
 from progscale.methods import Method
@@ -195,10 +196,30 @@ class Session:
                 "their blocks lie elsewhere than before: the run goes on close to one that was never moved, not equal to it"
             )
             self.log("requantized", stage=build.stage.index, values=switch.requantized)
+        self._fit(build.stage)
         self.feed.begin_stage(build.stage.index, self.depth_of(build.stage), self.repeats(step))
         if self.resumed is not None and build.stage.index == self.resumed.checkpoint.state["stage"] and self.is_main:
             self.feed.restore(self.resumed.checkpoint.state.get("cache") or {})
         return switch
+
+    def _fit(self, stage: Stage) -> None:
+        """Finds the stage's micro-batch, where the config leaves it open; one that goes on keeps what it had. A collective."""
+        train = self.config.train
+        if train.micro_batch_size != "auto":
+            return
+        saved = None
+        if self.resumed is not None:
+            state = self.resumed.checkpoint.state
+            if (state["stage"], state["world_size"]) == (stage.index, self.engine.world_size):
+                saved = state.get("micro_batch_size")
+        if saved is not None:
+            self.loader.micro_batch_size = int(saved)
+            return
+        limit = None if train.memory_gigabytes is None else int(train.memory_gigabytes * 1e9)
+        fit = fit_micro_batch(self.engine, self.loader, self.task.loss, local_ranks=self.nodes.local, limit_bytes=limit)
+        self.loader.micro_batch_size = fit.rows
+        self.console.show(f"stage {stage.index}: {fit}")
+        self.log("micro_batch", stage=stage.index, **asdict(fit))
 
     @property
     def is_main(self) -> bool:
@@ -274,6 +295,7 @@ class Session:
             "loss_scale": self.engine.scaler_state(),
             "engine": self.engine.name,
             "world_size": self.engine.world_size,
+            "micro_batch_size": self.loader.micro_batch_size,
             "run": dict(self.identity),
             "config": dump_config(self.config),
             "versions": self.environment["versions"],

@@ -46,6 +46,7 @@ class SavedStage(Part):
     frozen_changed: Count
     carried: str
     engine: str = ""
+    micro_batch_size: Count = 0
     communicated_bytes: Count | None = None
     frozen_prefix: Count = 0
     cache: dict[str, Count] | None = None
@@ -94,6 +95,7 @@ class SavedState(Part):
         unlogged: losses since the last record.
         metrics_bytes: of metrics.jsonl.
         parameters: elements of every parameter of the model.
+        micro_batch_size: rows a rank ran at once in the stage at work.
         cache: what the cache has done in the stage at work.
     """
 
@@ -102,6 +104,7 @@ class SavedState(Part):
     run: dict[str, Any]
     engine: str
     world_size: Annotated[int, Field(ge=1)]
+    micro_batch_size: Annotated[int, Field(ge=1)] | None = None
     versions: dict[str, str]
     loss_scale: dict[str, Any] | None
     learning_rate: float

@@ -210,6 +210,17 @@ def _batches(checks: _Checks) -> None:
     keys = ("train.global_batch_size", "train.micro_batch_size", "train.gradient_accumulation_steps")
     origins = checks.values.origins
     from_deepspeed = getattr(origins.get(("train", "micro_batch_size")), "kind", "") == "deepspeed"
+    if micro != "auto" and train.memory_gigabytes is not None:
+        memory = f'{checks.value("train.memory_gigabytes")} is for train.micro_batch_size = "auto"; remove it'
+        checks.fault("train.memory_gigabytes", memory, keys[1])
+    if micro == "auto":
+        if accumulation is not None:
+            checks.fault(
+                keys[2],
+                f"{checks.value(keys[2])} beside {checks.got(keys[1])}, which finds how many there are; remove it",
+                keys[1],
+            )
+        return
     if micro is not None and from_deepspeed and ("train", "global_batch_size") not in origins:
         checks.fault(
             keys[0],

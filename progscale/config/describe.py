@@ -51,7 +51,12 @@ FREE_KEYS = frozenset(
         *("description", "run.name", "run.output_dir", "run.threads"),
         *("model.name", "model.tokenizer"),
         *("task.path", "task.hub", "task.train_file", "task.validation_file"),
-        *("train.micro_batch_size", "train.gradient_accumulation_steps", "train.max_tokens_per_micro_batch"),
+        *(
+            "train.memory_gigabytes",
+            "train.micro_batch_size",
+            "train.gradient_accumulation_steps",
+            "train.max_tokens_per_micro_batch",
+        ),
         *("train.eval_batch_size", "train.gradient_checkpointing", "train.num_workers", "train.logging_steps"),
         *("train.evaluate", "train.save_model", "train.nonfinite", "train.fused_optimizer"),
         *("cache.storage", "cache.budget_gigabytes", "cache.path"),
@@ -88,7 +93,8 @@ def micro_batch_size(config: Config, world_size: int) -> int:
         )
     share = rows // world_size
     steps = train.gradient_accumulation_steps
-    micro = train.micro_batch_size
+    # "auto" begins like nothing, and is found anew in each stage.
+    micro = None if train.micro_batch_size == "auto" else train.micro_batch_size
     if steps is not None and ((micro is None and share % steps) or (micro is not None and micro * steps != share)):
         product = f"{steps} micro-batches" + (f" of {micro} rows" if micro is not None else "")
         raise ConfigError(

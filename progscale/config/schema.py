@@ -259,8 +259,11 @@ class Train(Section):
 
     epochs: float = Field(default=3.0, gt=0, le=1e6, description="passes over the training data; 0.5 is half a pass")
     max_steps: Count | None = Field(default=None, description="stop after so many optimizer steps, whatever the epochs")
-    micro_batch_size: Count | None = Field(
-        default=None, description="rows a rank runs at once; null: its share of the global batch, at most 32"
+    micro_batch_size: Count | Literal["auto"] | None = Field(
+        default=None, description="rows a rank runs at once; null: its share of the batch, at most 32; auto: what memory holds"
+    )
+    memory_gigabytes: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
+        default=None, description="auto: 10^9 bytes for a rank's micro-batch; null: 85 % of what is free when a stage begins"
     )
     global_batch_size: Count = Field(default=32, description="rows of an optimizer step, over all ranks")
     gradient_accumulation_steps: Count | None = Field(
@@ -308,7 +311,7 @@ class Engine(Section):
     )
     by_stage: dict[str, dict[str, Any]] | None = Field(
         default=None,
-        description='DeepSpeed keys that differ by stage, e.g. {"1": {"zero_optimization": {"stage": 1}}}; "2-4", "3-" are several',
+        description='DeepSpeed keys that differ by stage, e.g. {"1": {"zero_optimization": {"stage": 1}}}; "2-4", "3-": several',
     )
     timeout_seconds: Count = Field(default=600, description="give up when a rank is silent for so long")
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 import xxhash
 
 from progscale.engine import ranks
+from progscale.engine.memory import peak_of
 from progscale.engine.moving import redistribute
 from progscale.engine.state import MASTER, Shard, Slice, deal, match_shards, move_shard, slices_of
 from progscale.engine.traffic import TrafficCounter
@@ -292,6 +293,18 @@ class Engine(ABC):
         # Nothing but the loss scale may leave out a step whose gradient is finite.
         fault = None if applied or self.scales_loss else "gradient"
         return StepResult(loss, grad_norm, applied, fault, notices=notices)
+
+    def trial(self, micro: MicroBatch, loss_function: LossFunction) -> int:
+        """Bytes that a micro-batch needs at the peak of its forward and backward pass, gradients included; no trace is left.
+
+        A collective.
+        """
+        with peak_of(self.device) as peak, self._accumulating(True):
+            loss = loss_function(self.forward(micro.inputs), self.to_device(micro.labels)).mean()
+            self._backward(loss, True)
+            self._gradient_norm_squared()
+        self._discard()
+        return peak.bytes
 
     def forward(self, inputs: Mapping[str, torch.Tensor]) -> Any:
         """The model's outputs for one micro-batch, in the engine's precision."""

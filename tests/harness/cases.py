@@ -241,6 +241,7 @@ def run(
     poison_gradient: Sequence[tuple[int, int]] = (),
     optimizer: str = "adamw",
     by_stage: Sequence[str] = (),
+    trials: bool = False,
 ) -> Outcome:
     """Trains a tiny model and records what the contract tests ask about.
 
@@ -250,6 +251,7 @@ def run(
         config: further entries of the model's config.
         poison: (step, rank) whose loss becomes infinite.
         width: hidden size (of families that call it so).
+        trials: of two micro-batches before each stage, as for `train.micro_batch_size: auto`.
         by_stage: a key of ENGINES or VARIANTS for each stage, beginning with `engine`.
         poison_gradient: (step, rank) whose loss stays finite, and whose gradient becomes infinite.
     """
@@ -272,6 +274,9 @@ def run(
         else:
             outcome.carried.append(made.begin_stage(build, force=force).carried)
             outcome.engines.append(made.name)
+        for count in (1, 3) if trials else ():
+            tried = share(99, count * made.world_size, vocabulary, made.rank, made.world_size, 8, end_token(module.config))
+            assert made.trial(tried[0], row_loss) > 0
         live = sorted(build.live)
         frozen = [name for name in parts.parameters if name not in build.live]
         before, bits, volume = masters(made), made.digests(frozen), made.updated_volume()

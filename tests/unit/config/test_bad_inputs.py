@@ -225,6 +225,11 @@ CROSS = [
     ),
     ({"cache": {"storage": "ram"}, "schedule": {"name": "growing"}}, r"cache\.storage: \"ram\" .*trains blocks that were frozen"),
     ({"cache": {"storage": "ram", "path": "/tmp"}}, r"cache\.path: \"/tmp\" .*is for disk, not cache\.storage = \"ram\""),
+    ({"train": {"memory_gigabytes": 4.0}}, r"train\.memory_gigabytes: 4\.0 .*is for train\.micro_batch_size = \"auto\""),
+    (
+        {"train": {"micro_batch_size": "auto", "gradient_accumulation_steps": 4}},
+        r"train\.gradient_accumulation_steps: 4 .*beside train\.micro_batch_size = \"auto\" .*, which finds how many",
+    ),
     ({"cache": {"dtype": "bf16"}}, r"cache\.dtype: \"bf16\" .*is not used with cache\.storage = \"off\""),
     ({"cache": {"budget_gigabytes": 1.5}}, r"cache\.budget_gigabytes: 1\.5 .*is not used"),
     (LM | {"task": {"name": "causal_lm"}}, r"task\.train_file: missing; task 'causal_lm' needs your data"),

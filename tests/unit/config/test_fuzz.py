@@ -94,7 +94,7 @@ DEPENDENT = {
     *("schedule.first_blocks", "schedule.starts", "schedule.block_weights", "schedule.options"),
     *("schedule.frozen_mode", "cache.storage", "cache.dtype", "cache.budget_gigabytes", "cache.path"),
     *("method.options", "optimizer.options", "optimizer.name", "optimizer.warmup_steps", "engine.name", "engine.deepspeed"),
-    "engine.by_stage",
+    *("engine.by_stage", "train.memory_gigabytes"),
 }
 
 
