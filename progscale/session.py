@@ -126,11 +126,14 @@ class Session:
         step = start
         while step < stage.end_step:
             epoch, position = divmod(step, self.steps_per_epoch)
-            for batch in self.loader.epoch(epoch, start=position):
+            upcoming = self.loader.epoch(epoch, start=position)
+            batch = next(upcoming, None)
+            while batch is not None:
+                after = next(upcoming, None) if step + 1 < stage.end_step else None
+                if after is not None:
+                    self.feed.expect(after)
                 yield step, batch
-                step += 1
-                if step == stage.end_step:
-                    return
+                step, batch = step + 1, after
 
     def evaluation_batches(self, split: Tokenized) -> Iterator[MicroBatch]:
         """This rank's micro-batches of an evaluation split."""

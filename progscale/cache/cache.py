@@ -16,7 +16,7 @@ from progscale.cache.feed import EvalFeed, Repeats
 from progscale.cache.ledger import Nodes
 from progscale.cache.room import CacheSettings, Room
 from progscale.cache.store import RowStore
-from progscale.data import MicroBatch
+from progscale.data import GlobalBatch, MicroBatch
 from progscale.engine.base import Engine
 from progscale.prefix import Passage, Prefix, frozen_names
 from progscale.tasks.base import Tokenized
@@ -113,6 +113,12 @@ class PrefixCache(EvalFeed):
     def at(self, repeats: Repeats) -> None:
         """Whether to write is decided by what is left."""
         self._repeats = repeats
+
+    def expect(self, batch: GlobalBatch) -> None:
+        """Lets the kernel read the next batch from the disk while this one is computed."""
+        if self._costs is not None and self._room.storage == "disk":
+            for micro in batch.micro_batches:
+                self._room.stores["train"].will_need(micro.rows.tolist())
 
     @property
     def bytes(self) -> int:
@@ -214,9 +220,7 @@ class PrefixCache(EvalFeed):
 
     def _read(self, store: RowStore, rows: np.ndarray, length: int) -> torch.Tensor:
         """Rows as the first live block receives them, on the device."""
-        device = self._engine.device
-        hidden = store.read(rows.tolist(), length, pin=device.type == "cuda")
-        return hidden.to(device, non_blocking=True).to(self._dtype)
+        return store.read(rows.tolist(), length, self._engine.device).to(self._dtype)
 
     # -- whether it pays ------------------------------------------------------------------------------------------
 

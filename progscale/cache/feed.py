@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from progscale.data import MicroBatch
+from progscale.data import GlobalBatch, MicroBatch
 from progscale.prefix import Prefix
 
 
@@ -37,6 +37,9 @@ class Feed:
 
     def at(self, repeats: Repeats) -> None:
         """Before each step and each evaluation."""
+
+    def expect(self, batch: GlobalBatch) -> None:
+        """Is told of the batch that comes after the next one."""
 
     @contextlib.contextmanager
     def around(self, micro: MicroBatch, split: str = "train") -> Iterator[None]:

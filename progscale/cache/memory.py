@@ -20,6 +20,7 @@ class Memory:
 
     Attributes:
         bytes: all of them, a uint8 tensor.
+        pinned: page-locked.
     """
 
     def __init__(self, size: int, path: Path | None = None, *, create: bool = False, pin: bool = False) -> None:
@@ -44,11 +45,11 @@ class Memory:
             with path.open("r+b") as file:
                 self._map = mmap.mmap(file.fileno(), self._size)
         self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)[:size]
-        self._pinned = pin and size > 0
-        if self._pinned:
+        self.pinned = pin and size > 0
+        if self.pinned:
             code = torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), self._size, 0)
             if int(code) != 0:
-                self._pinned = False
+                self.pinned = False
                 raise OSError(f"{self._size} bytes of memory cannot be page-locked (CUDA error {int(code)})")
 
     def flush(self) -> None:
@@ -64,9 +65,9 @@ class Memory:
 
     def close(self) -> None:
         """Lets go of it; a file stays."""
-        if self._pinned:
+        if self.pinned:
             torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())
-            self._pinned = False
+            self.pinned = False
         # The map is closed with the last tensor that looks into it.
         self.bytes = torch.empty(0, dtype=torch.uint8)
 

@@ -11,6 +11,7 @@ import xxhash
 from progscale.cache.memory import Memory
 from progscale.tasks.ragged import offsets_of
 
+CPU = torch.device("cpu")
 # Beside each row: what it holds, and a hash that a torn write does not match.
 MARK = np.dtype([("depth", "<i4"), ("spare", "<i4"), ("hash", "<u8")])
 
@@ -60,19 +61,23 @@ class RowStore:
                 mark["hash"] = self._hash(row, depth)
             mark["depth"] = depth
 
-    def read(self, rows: Sequence[int], length: int, *, pin: bool = False) -> torch.Tensor:
+    def read(self, rows: Sequence[int], length: int, device: torch.device = CPU) -> torch.Tensor:
         """The rows' hidden states, with zeros up to `length`; shape `(rows, length, width)`.
 
         Args:
             rows: row numbers.
             length: of the longest, or more.
-            pin: into page-locked memory.
+            device: to put them on. A GPU fetches them by itself from page-locked memory, else from a page-locked copy, and is not
+                waited for.
         """
-        out = torch.zeros(len(rows), length, self.width, dtype=self.dtype, pin_memory=pin)
+        on_gpu, direct = device.type == "cuda", device.type == "cuda" and self.memory.pinned
+        where = {"device": device} if direct else {"pin_memory": on_gpu}
+        out = torch.zeros(len(rows), length, self.width, dtype=self.dtype, **where)
         for position, row in enumerate(rows):
             start, end = int(self._offsets[row]), int(self._offsets[row + 1])
-            out[position, : end - start] = self._values[start:end]
-        return out
+            out[position, : end - start].copy_(self._values[start:end], non_blocking=direct)
+        found: torch.Tensor = out.to(device, non_blocking=True)
+        return found
 
     def will_need(self, rows: Sequence[int]) -> None:
         """Lets the kernel read these rows ahead."""

@@ -26,6 +26,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
+from progscale.cache import Feed
 from progscale.checkpoint import store as store_module
 from progscale.checkpoint.manifest import MANIFEST, STATE
 from progscale.checkpoint.store import LATEST, REPLACED, STAGED, Store
@@ -161,7 +162,8 @@ class Process:
             self.step, self.stage = found.checkpoint.step, derive_stage(self.stages, found.checkpoint)
         self.store = Store(path / FOLDER, config.checkpoint.keep)
         self.folder: RunFolder = open_folder(config, PLAN, path, found, self.store)
-        self._feed = self._steps()
+        self.feed = Feed()
+        self._running = self._steps()
 
     def _steps(self) -> Iterator[tuple[Stage, list[int]]]:
         """As in `progscale.loop.train`: a stage begins where the run stands when the one before is done."""
@@ -175,11 +177,11 @@ class Process:
     def switch(self) -> None:
         """The next stage begins; nothing is trained in it yet."""
         self.stage = self.stages[self.stage.index]
-        self._feed = self._steps()
+        self._running = self._steps()
 
     def train_step(self) -> tuple[int, int, list[int]]:
         """(stage, lowest live block, rows) of the step that is done."""
-        stage, rows = next(self._feed)
+        stage, rows = next(self._running)
         self.step += 1
         self.folder.record("step", step=self.step, rows=rows)
         return stage.index, min(stage.live_blocks["blocks"], default=-1), rows
