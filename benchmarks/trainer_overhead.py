@@ -2,6 +2,8 @@
 
     python benchmarks/trainer_overhead.py                                       MiniLM on MRPC, bf16, 6 rounds of 20 steps
     python benchmarks/trainer_overhead.py --model bert-base-uncased --random-weights --synthetic --steps 5
+    python benchmarks/trainer_overhead.py --ranks 2 --trainer-sampling group_by_length         the Trainer tuned, on two ranks
+    python benchmarks/trainer_overhead.py --task rte --trainer-padding max_length --trainer-precision fp32   as its example is run
 
 All sides run in one process, in turns of --steps steps, so that a slow minute of the machine hits all of them:
 * progscale: `schedule none` on the plain engine, batches from its loader, seeding, meter and console of the real loop;
@@ -9,8 +11,9 @@ All sides run in one process, in turns of --steps steps, so that a slow minute o
 * trainer: transformers' Trainer as it comes: its collator, random order, fused AdamW, logging.
 
 How to read it: `vs bare` is progscale's samples/s over the bare loop's by round, at least 0.97 wanted; `vs trainer` at least 1.0.
-The Trainer pads batches of random lengths, progscale groups like lengths; --trainer-sampling group_by_length takes that out. Only
-a quiet machine gives figures worth keeping: look at the spread first.
+The Trainer pads batches of random lengths, progscale groups like lengths; --trainer-sampling group_by_length takes that out. Its
+example for GLUE pads every row to the longest allowed (--trainer-padding max_length) and computes in fp32. On several ranks all
+sides use DDP over gloo. Only a quiet machine gives figures worth keeping: look at the spread first.
 """
 
 from __future__ import annotations
@@ -18,7 +21,9 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -27,7 +32,18 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from common import DATA, FOLDERS, fetch_encoder, machine, random_encoder, reset_accelerate, show_machine, show_table, write_json
+from common import (
+    DATA,
+    FOLDERS,
+    fetch_encoder,
+    machine,
+    random_encoder,
+    reset_accelerate,
+    show_machine,
+    show_table,
+    torchrun,
+    write_json,
+)
 from plain_trainer import load
 from torch.utils.data import Dataset
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
@@ -40,6 +56,7 @@ from progscale.data import GlobalBatch, TrainLoader, pad_values
 from progscale.engine.base import Engine, EngineSettings
 from progscale.engine.launch import create_engine, make_accelerator, set_up_cpu
 from progscale.engine.loading import load_module
+from progscale.engine.ranks import barrier
 from progscale.loop import seed_step
 from progscale.meters import Audit, MemoryMeter, StageMeter
 from progscale.methods import Subject, make_method
@@ -95,8 +112,10 @@ class Progscale:
 class Bare:
     """The loop that one writes by hand."""
 
-    def __init__(self, model: torch.nn.Module, precision: str) -> None:
-        self.model = model
+    def __init__(self, model: torch.nn.Module, precision: str, ranks: int) -> None:
+        # DDP averages over ranks; the sum over the batch is wanted.
+        self.model = model if ranks == 1 else torch.nn.parallel.DistributedDataParallel(model)
+        self.ranks = ranks
         self.precision = precision
         decayed = [parameter for parameter in model.parameters() if parameter.dim() > 1]
         rest = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
@@ -109,7 +128,7 @@ class Bare:
             for micro in batch.micro_batches:
                 with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
                     outputs = self.model(**micro.inputs)
-                    loss = row_loss(outputs, micro.labels).sum() / batch.size
+                    loss = row_loss(outputs, micro.labels).sum() * self.ranks / batch.size
                 loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
             self.optimizer.step()
@@ -158,7 +177,7 @@ def synthetic(rows: int, longest: int, vocabulary: int) -> Tokenized:
 
 def prepare(options: argparse.Namespace) -> tuple[torch.nn.Module, Any, Tokenized]:
     """Model, tokenizer (for padding) and training split."""
-    data = options.data / FOLDERS["mrpc"]
+    data = options.data / FOLDERS[options.task]
     if options.random_weights or options.synthetic or not data.is_dir():
         request = random_encoder(options.model or "bert-base-uncased")
         torch.manual_seed(0)
@@ -166,7 +185,7 @@ def prepare(options: argparse.Namespace) -> tuple[torch.nn.Module, Any, Tokenize
         split = synthetic(4096, options.max_length, int(cast(Any, model).config.vocab_size))
         return model, demo_tokenizer(), split
     config = Config(
-        run=Run(seed=1), model=Model(name=options.model or str(fetch_encoder())), task=Task(name="mrpc", path=str(data))
+        run=Run(seed=1), model=Model(name=options.model or str(fetch_encoder())), task=Task(name=options.task, path=str(data))
     )
     task, tokenizer, model = load(config)
     return model, tokenizer, task.tokenize(tokenizer, options.max_length)["train"]
@@ -176,29 +195,43 @@ def measure(options: argparse.Namespace) -> dict[str, list[float]]:
     """Samples a second by round, for each side."""
     threads = set_up_cpu(options.threads)
     model, tokenizer, split = prepare(options)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(split)} rows, {threads} threads")
+    accelerator = make_accelerator(deepspeed=None)
+    count, rank = int(accelerator.num_processes), int(accelerator.process_index)
+    if rank == 0:
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        print(f"{parameters / 1e6:.1f} M parameters, {len(split)} rows, {count} ranks of {threads} threads")
     model.train()
     size, steps = options.batch, options.steps
-    loader = TrainLoader(split, pad_values(tokenizer), global_batch_size=size, micro_batch_size=size, seed=1)
+    loader = TrainLoader(
+        split,
+        pad_values(tokenizer),
+        global_batch_size=size,
+        micro_batch_size=size // count,
+        seed=1,
+        world_size=count,
+        rank=rank,
+    )
     total = steps * (options.rounds + 1)
     collated = list(itertools.islice(endless(loader), total))
 
     parts = partition(model, family_of(model))
     stages = build_stages("none", num_blocks=parts.num_blocks, stages=1, total_steps=total, embeddings="always", options={})
     build = build_for(stages, parts, make_method("full", Subject(family_of(model))), weight_decay=DECAY)[0]
-    settings = EngineSettings(options.precision, AdamW(), CLIP, size)
-    engine = create_engine(copy.deepcopy(model), settings, make_accelerator(deepspeed=None), None)
+    settings = EngineSettings(options.precision, AdamW(), CLIP, size // count)
+    engine = create_engine(copy.deepcopy(model), settings, accelerator, None)
     sizes = {name: info.numel for name, info in parts.parameters.items()}
-    ours, bare = Progscale(engine, build, sizes, total), Bare(copy.deepcopy(model), options.precision)
+    ours, bare = Progscale(engine, build, sizes, total), Bare(copy.deepcopy(model), options.precision, count)
     batches, bare_batches = endless(loader), iter(collated)
 
     def run_ours() -> float:
+        barrier()
         start = time.perf_counter()
         ours.run(batches, steps)
         return time.perf_counter() - start
 
     def run_bare() -> float:
         mine = list(itertools.islice(bare_batches, steps))
+        barrier()
         start = time.perf_counter()
         bare.run(mine)
         return time.perf_counter() - start
@@ -209,15 +242,17 @@ def measure(options: argparse.Namespace) -> dict[str, list[float]]:
         arguments = TrainingArguments(
             output_dir=folder,
             use_cpu=True,
-            bf16=options.precision == "bf16",
-            per_device_train_batch_size=size,
+            ddp_backend="gloo" if count > 1 else None,
+            bf16=(options.trainer_precision or options.precision) == "bf16",
+            per_device_train_batch_size=size // count,
+            report_to="none",
             max_steps=total,
             learning_rate=LR,
             weight_decay=DECAY,
             save_strategy="no",
             train_sampling_strategy=options.trainer_sampling,
         )
-        collator = DataCollatorWithPadding(tokenizer)
+        collator = DataCollatorWithPadding(tokenizer, padding=options.trainer_padding, max_length=options.max_length)
         Trainer(model=model, args=arguments, train_dataset=Examples(split), data_collator=collator, callbacks=[turns]).train()
     ours.console.end()
     # The first round warms up.
@@ -242,15 +277,23 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=6, help="turns of each side, after one to warm up")
     parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")
     parser.add_argument("--trainer-sampling", choices=["random", "group_by_length"], default="random", help="the Trainer's order")
+    parser.add_argument("--trainer-padding", choices=["longest", "max_length"], default="longest", help="how the Trainer pads")
+    parser.add_argument("--trainer-precision", choices=["bf16", "fp32"], help="of the Trainer; default: that of all sides")
+    parser.add_argument("--task", choices=["mrpc", "rte"], default="mrpc", help="whose training rows")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of this machine")
     parser.add_argument("--output", type=Path, help="JSON file of the result")
     options = parser.parse_args(given)
+    if options.ranks > 1 and "RANK" not in os.environ:
+        return torchrun(options.ranks, __file__, *(sys.argv[1:] if given is None else given))
     quiet_libraries()
     speeds = measure(options)
+    if os.environ.get("RANK", "0") != "0":
+        return None
     ratios = {
         f"vs {other}": [a / b for a, b in zip(speeds["progscale"], speeds[other], strict=True)] for other in ("bare", "trainer")
     }
     show_machine()
-    print(f"samples/s in rounds of {options.steps} steps, {options.precision}, seed 1")
+    print(f"samples/s in rounds of {options.steps} steps, {options.precision}, seed 1, {options.ranks} ranks")
     rows = [[name, *values, statistics.median(values), min(values), max(values)] for name, values in (speeds | ratios).items()]
     show_table(["side", *(f"round {n}" for n in range(1, options.rounds + 1)), "median", "min", "max"], rows)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
