@@ -85,7 +85,8 @@ class StageRecord:
         carried: how the optimizer state reached this stage: none, shards or slices.
         engine: its name in this stage.
         micro_batch_size: rows that a rank ran at once, at most.
-        communicated_bytes: of all collectives of a step on a rank (the stage's second one); None where a resumed run took none.
+        communicated_bytes: of all collectives of a step on a rank (the stage's third, or its last); None where a resumed run took
+            none.
         frozen_prefix: blocks below the lowest trained tensor, which the backward pass does not reach.
         cache: training rows whose frozen prefix was `read`, `extended` from a lower depth or `computed`, and `bytes` reserved on
             the node that has most; None without a cache.

@@ -91,6 +91,8 @@ class Prefix:
         """Leaves every block as it was."""
         for block in self._blocks[: self.depth]:
             del block.forward
+        # Blocks may be trained again, with dropout.
+        self._set_mode(self._inside, self._engine.module.training)
         self.depth, self._inside = 0, []
 
     def understands(self, depth: int) -> bool:
@@ -166,6 +168,9 @@ class Prefix:
         if passage.timed:
             self._engine.synchronize()
         passage.seconds = time.perf_counter() - passage.begun
+        if torch.is_grad_enabled() and output.requires_grad:
+            # A module of somebody's own model that no part of it names, say.
+            self.opaque = "something below them is still trained"
         passage.output = output.detach()
         passage.then(passage.output)
         self._set_mode(self._around, self._training)

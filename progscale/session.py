@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import platform
+import shutil
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ import torch
 
 from progscale import __version__
 from progscale.blocks import Partition
-from progscale.cache import Feed, Nodes, Repeats
+from progscale.cache import CACHE_FOLDER, Feed, Nodes, Repeats
 from progscale.checkpoint.reader import check_fits, load_optimizer, load_weights
 from progscale.checkpoint.saver import Saved, Saver
 from progscale.config import Config, dump_config
@@ -25,7 +26,7 @@ from progscale.data import GlobalBatch, MicroBatch, TrainLoader, eval_batches
 from progscale.engine.base import Engine, StepResult, Switch
 from progscale.errors import CheckpointError, WriteError
 from progscale.export import export_model, exported_origin
-from progscale.fit import fit_micro_batch
+from progscale.fit import SHARE_OF_FREE, fit_micro_batch
 from progscale.learning_rate import LearningRate
 from progscale.meters import MemoryMeter
 from progscale.methods import Method
@@ -98,7 +99,7 @@ class Session:
 
     def __post_init__(self) -> None:
         # A rank that writes a large checkpoint is not silent; other ranks write other numbers of files.
-        self.saver.sign = lambda: self.sign(None)
+        self.saver.sign = self.feed.sign = lambda: self.sign(None)
 
     @property
     def evaluation_splits(self) -> dict[str, Tokenized]:
@@ -219,7 +220,16 @@ class Session:
             self.loader.micro_batch_size = int(saved)
             return
         limit = None if train.memory_gigabytes is None else int(train.memory_gigabytes * 1e9)
-        fit = fit_micro_batch(self.engine, self.loader, self.task.loss, local_ranks=self.nodes.local, limit_bytes=limit)
+        # A cache in the CPU's memory takes half of what is free there, and may not have done so yet.
+        both = self.engine.device.type == "cpu" and self.config.cache.storage in ("auto", "ram")
+        fit = fit_micro_batch(
+            self.engine,
+            self.loader,
+            self.task.loss,
+            local_ranks=self.nodes.local,
+            limit_bytes=limit,
+            share_of_free=SHARE_OF_FREE / 2 if both else SHARE_OF_FREE,
+        )
         self.loader.micro_batch_size = fit.rows
         self.console.show(f"stage {stage.index}: {fit}")
         self.log("micro_batch", stage=stage.index, **asdict(fit))
@@ -298,7 +308,7 @@ class Session:
             "loss_scale": self.engine.scaler_state(),
             "engine": self.engine.name,
             "world_size": self.engine.world_size,
-            "micro_batch_size": self.loader.micro_batch_size,
+            "micro_batch_size": self.loader.micro_batch_size if self.config.train.micro_batch_size == "auto" else None,
             "run": dict(self.identity),
             "config": dump_config(self.config),
             "versions": self.environment["versions"],
@@ -454,6 +464,9 @@ class Session:
         if self.folder is not None:
             self.folder.close()
         self.feed.close(finished=self.finished)
+        if self.finished and self.is_main:
+            # Of a run that was stopped with a cache, and went on without one.
+            shutil.rmtree(self.model_path.parent / CACHE_FOLDER, ignore_errors=True)
         self.engine.close()
         self.engine.accelerator.end_training()
         gc.unfreeze()  # frozen by `prepare`

@@ -113,7 +113,8 @@ def prepare(
     min_tokens = 1 if family.min_tokens is None else family.min_tokens(model_config)
     loader = make_loader(config, splits["train"], padding, accelerator, min_tokens)
     nodes = nodes_of(accelerator)
-    if config.cache.storage != "off":
+    if config.frozen_mode == "eval":
+        # With a cache and without one: it may come and go.
         loader.nodes = nodes.count
     total_steps = total_steps_of(config, loader.steps_per_epoch)
     stages = stages_of(config, family, parts, total_steps)

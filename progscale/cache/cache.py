@@ -79,6 +79,7 @@ class PrefixCache(EvalFeed):
         self._say = say
         lengths = {name: split.columns["input_ids"].lengths for name, split in splits.items()}
         self._room = Room(engine, nodes, settings, lengths)
+        self._room.sign = lambda: self.sign()
         self._stage = 0
         self._repeats = Repeats()
         self._probes = 0

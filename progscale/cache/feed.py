@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from progscale.data import GlobalBatch, MicroBatch
@@ -24,7 +24,13 @@ class Repeats:
 
 
 class Feed:
-    """The frozen blocks are run like all others: dropout is on in them (the paper's way)."""
+    """The frozen blocks are run like all others: dropout is on in them (the paper's way).
+
+    Attributes:
+        sign: called now and then while something takes long.
+    """
+
+    sign: Callable[[], None] = staticmethod(lambda: None)
 
     def begin_stage(self, stage: int, depth: int, repeats: Repeats) -> None:
         """A stage begins, whose weights are in place.

@@ -19,6 +19,7 @@ from progscale.cache.feed import EvalFeed, Feed
 from progscale.cache.ledger import Nodes
 from progscale.cache.room import CacheSettings
 from progscale.config import Config
+from progscale.engine import ranks
 from progscale.engine.base import Engine
 from progscale.errors import ScheduleError
 from progscale.launcher import read_ranks
@@ -28,13 +29,21 @@ from progscale.prefix import Prefix
 from progscale.resume import fingerprint
 from progscale.tasks.base import Tokenized
 
+CACHE_FOLDER = "cache"
 DTYPES = {"same": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def nodes_of(accelerator: Any) -> Nodes:
-    """Where the ranks are: as many on each node, in the order of ranks, as launchers start them."""
-    world_size, local = int(accelerator.num_processes), read_ranks(os.environ).local
-    return Nodes(world_size, local if world_size % local == 0 else 1, int(accelerator.process_index))
+    """Where the ranks are: as many on each node, in the order of ranks, as launchers start them. A collective.
+
+    Where nodes have unequally many, each rank counts as a node of its own.
+    """
+    world_size = int(accelerator.num_processes)
+    # DeepSpeed's own launcher has another name for it.
+    local = int(os.environ.get("LOCAL_SIZE", "1")) if "LOCAL_WORLD_SIZE" not in os.environ else read_ranks(os.environ).local
+    everywhere = set(ranks.gather_objects(local))
+    alike = len(everywhere) == 1 and world_size % local == 0
+    return Nodes(world_size, local if alike else 1, int(accelerator.process_index))
 
 
 def check_cache(config: Config, plan: Plan) -> None:
@@ -94,7 +103,7 @@ def make_feed(
     budget = config.cache.budget_gigabytes
     settings = CacheSettings(
         storage=config.cache.storage,
-        folder=folder / "cache",
+        folder=folder / CACHE_FOLDER,
         identity=hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest(),
         dtype=DTYPES[config.cache.dtype],
         budget_bytes=None if budget is None else int(budget * 1e9),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import uuid
@@ -50,6 +51,8 @@ class Memory:
             code = torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), self._size, 0)
             if int(code) != 0:
                 self.pinned = False
+                with contextlib.suppress(RuntimeError):  # the error would meet the next kernel
+                    torch.cuda.synchronize()
                 raise OSError(f"{self._size} bytes of memory cannot be page-locked (CUDA error {int(code)})")
 
     def flush(self) -> None:

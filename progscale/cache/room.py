@@ -6,24 +6,25 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
 
 import numpy as np
-import psutil
 import torch
 
 from progscale.cache.ledger import Ledger, Nodes
 from progscale.cache.memory import SHARED_MEMORY, Memory, Storage
 from progscale.cache.store import RowStore
 from progscale.engine.base import Engine
+from progscale.engine.memory import available_bytes
 
 META = "cache.json"
 # Of what is free; the rest is for everybody else.
 SHARE_OF_FREE = 0.5
+VERIFIED_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Room:
         stores: by split, once it is open.
         ledgers: by split.
         storage: what was chosen.
+        sign: called now and then while rows are read.
     """
 
     def __init__(self, engine: Engine, nodes: Nodes, settings: CacheSettings, lengths: Mapping[str, np.ndarray]) -> None:
@@ -68,6 +70,7 @@ class Room:
         self.stores: dict[str, RowStore] = {}
         self.ledgers: dict[str, Ledger] = {}
         self.storage: Storage = "ram"
+        self.sign: Callable[[], None] = lambda: None
         self._digests: dict[str, str] = {}
         self._values: dict[str, Any] = {}
 
@@ -100,51 +103,60 @@ class Room:
         """
         dtype = self._settings.dtype or dtype
         sizes = {name: RowStore.size_of(lengths, width, dtype) for name, lengths in self._lengths.items()}
-        # The node that has least decides for all: every rank must keep the same.
-        self.storage, names, reason = min(self._engine.gather_objects(self._choose(sizes)), key=lambda entry: len(entry[1]))
-        if not names:
-            return reason
-        self._values = {"identity": self._settings.identity, "width": width, "dtype": str(dtype), "splits": names}
-        self._digests = self._read_digests() if self.storage == "disk" else {}
-        token = self._engine.gather_objects(uuid4().hex)[0]
-        failure = None
-        for first in (True, False):  # the node's first rank makes the files, the others find them
-            problem = None
-            if first == self._nodes.first:
-                problem = self._map([(name, sizes[name]) for name in names], width, dtype, token)
-            failure = failure or next(filter(None, self._engine.gather_objects(problem)), None)
-            if failure is not None:
-                break
-        self._unlink_shared(token)
-        if failure is not None:
-            self.close()
-            return failure
-        self.ledgers = {name: Ledger(self._nodes, len(self._lengths[name])) for name in names}
+        reasons = []
+        for kind in self._kinds:
+            # The node that has least decides for all: every rank must keep the same.
+            offers = self._engine.gather_objects(self._offer(kind, sizes))
+            count, reason = min(offers, key=lambda offer: offer[0])
+            if count > 0:
+                self.storage = kind
+                reason = self._reserve({name: sizes[name] for name in list(sizes)[:count]}, width, dtype)
+                if reason is None:
+                    break
+            reasons.append(reason)
+        else:
+            return f"the training rows need {sizes['train'] / 1e9:.2f} GB: {'; '.join(reasons)}"
+        self.ledgers = {name: Ledger(self._nodes, len(self._lengths[name])) for name in self.stores}
         if self.storage == "disk":
             self._take_over(digest, depth)
         return None
 
-    def _choose(self, sizes: Mapping[str, int]) -> tuple[Storage, list[str], str]:
-        """Where to keep rows, those of which splits, and why of none."""
-        wanted = self._settings.storage
-        memory: Storage = "pinned" if self._engine.device.type == "cuda" else "ram"
-        kinds: list[Storage] = [memory, "disk"] if wanted == "auto" else [wanted]
-        reasons = []
-        for kind in kinds:
-            free, given = self._free(kind), self._settings.budget_bytes
-            limit = int(free * SHARE_OF_FREE) if given is None else min(given, free)
-            names: list[str] = []
-            used = 0
-            for name, size in sizes.items():
-                if used + size > limit:
+    @property
+    def _kinds(self) -> tuple[Storage, ...]:
+        """Where rows may be kept, the best first."""
+        if self._settings.storage != "auto":
+            return (self._settings.storage,)
+        return ("pinned", "ram", "disk") if self._engine.device.type == "cuda" else ("ram", "disk")
+
+    def _offer(self, kind: Storage, sizes: Mapping[str, int]) -> tuple[int, str]:
+        """How many splits this node can keep, and what there is for them."""
+        free, given = self._free(kind), self._settings.budget_bytes
+        limit = int(free * SHARE_OF_FREE) if given is None else min(given, free)
+        used = np.cumsum(list(sizes.values()))
+        told = "half of what is free" if given is None else f"cache.budget_gigabytes; {free / 1e9:.2f} GB are free"
+        return int((used <= limit).sum()), f"{kind} has {limit / 1e9:.2f} GB ({told})"
+
+    def _reserve(self, sizes: Mapping[str, int], width: int, dtype: torch.dtype) -> str | None:
+        """Maps the rows of these splits: first the nodes' first ranks, which make the files, then the others, which find them.
+
+        Returns:
+            Why it failed on some rank, if it did; then nothing is left.
+        """
+        self._values = {"identity": self._settings.identity, "width": width, "dtype": str(dtype), "splits": list(sizes)}
+        self._digests = self._read_digests() if self.storage == "disk" else {}
+        token = self._engine.gather_objects(uuid4().hex)[0]
+        failure: str | None = None
+        try:
+            for first in (True, False):
+                problem = self._map(sizes, width, dtype, token) if first == self._nodes.first else None
+                failure = next(filter(None, self._engine.gather_objects(problem)), None)
+                if failure is not None:
                     break
-                names.append(name)
-                used += size
-            if names:
-                return kind, names, ""
-            told = "half of what is free" if given is None else f"cache.budget_gigabytes; {free / 1e9:.2f} GB are free"
-            reasons.append(f"{limit / 1e9:.2f} GB ({kind}: {told})")
-        return kinds[-1], [], f"the training rows need {sizes['train'] / 1e9:.2f} GB, there are {' and '.join(reasons)}"
+        finally:
+            self._unlink_shared(token)
+        if failure is not None:
+            self.close()
+        return failure
 
     def _free(self, storage: Storage) -> int:
         """Bytes that this node still has; what this cache has there already counts as free."""
@@ -154,7 +166,7 @@ class Room:
                 folder = folder.parent
             mine = sum(path.stat().st_size for path in self.folder.glob("*.rows"))
             return shutil.disk_usage(folder).free + mine
-        free = int(psutil.virtual_memory().available)
+        free = available_bytes()
         # A container's shared memory may be far smaller than its memory.
         return min(free, shutil.disk_usage(SHARED_MEMORY).free) if self._nodes.local > 1 else free
 
@@ -164,7 +176,7 @@ class Room:
             return self.folder / f"{split}.rows"
         return SHARED_MEMORY / f"progscale-{token}-{self._nodes.own}-{split}" if self._nodes.local > 1 else None
 
-    def _map(self, sizes: Sequence[tuple[str, int]], width: int, dtype: torch.dtype, token: str) -> str | None:
+    def _map(self, sizes: Mapping[str, int], width: int, dtype: torch.dtype, token: str) -> str | None:
         """Maps the splits' rows; the node's first rank makes them, empty unless they are those of an earlier process.
 
         Returns:
@@ -173,7 +185,7 @@ class Room:
         try:
             if self._nodes.first and self.storage == "disk":
                 self.folder.mkdir(parents=True, exist_ok=True)
-            for name, size in sizes:
+            for name, size in sizes.items():
                 path, first = self._path(name, token), self._nodes.first
                 fresh = path is None or not path.exists() or path.stat().st_size != size
                 memory = Memory(size, path, create=first, pin=self.storage == "pinned")
@@ -183,8 +195,9 @@ class Room:
                     store.forget(range(len(self._lengths[name])))
             if self._nodes.first and self.storage == "disk":
                 self._write_meta()
-        except OSError as error:
-            return f"no room: {error}"
+        except (OSError, RuntimeError, MemoryError, ValueError) as error:
+            # Whatever it is, the other ranks wait.
+            return f"{self.storage} failed: {error}"
         return None
 
     def _unlink_shared(self, token: str) -> None:
@@ -222,10 +235,12 @@ class Room:
         good = [kept for kept in good if now[kept] == digests[self._nodes.own * self._nodes.local][str(kept)]]
         for name, store in self.stores.items():
             rows = np.arange(self._nodes.local_rank, len(self._lengths[name]), self._nodes.local)
-            depths = store.verify(rows.tolist()) if good else np.zeros(len(rows), dtype=np.int16)
-            other = ~np.isin(depths, good)
-            store.forget(rows[other].tolist())
-            depths[other] = 0
+            parts = np.array_split(rows, max(1, len(rows) // VERIFIED_AT_ONCE))
+            found = []
+            for part in parts:
+                self.sign()
+                found.append(store.verify(part.tolist(), good))
+            depths = np.concatenate(found)
             self.ledgers[name].restore(self._engine.gather_objects({"rows": rows, "depths": depths}))
         self._digests = {str(kept): now[kept] for kept in good}
 
@@ -245,8 +260,15 @@ class Room:
         self.stores, self.ledgers = {}, {}
 
     def remove(self) -> None:
-        """Removes this node's files; nobody may have them open."""
-        if self._nodes.first:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            with contextlib.suppress(OSError):  # another node's may lie there
-                self._settings.folder.rmdir()
+        """Removes this node's files, and those of nodes that were there in an earlier process; nobody may have them open."""
+        if not self._nodes.first:
+            return
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if self._nodes.rank == 0:
+            for left in self._settings.folder.glob("node-*"):
+                number = left.name.removeprefix("node-")
+                if number.isdecimal() and int(number) >= self._nodes.count:
+                    shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another node's may lie there, or a run
+            self._settings.folder.rmdir()
+            self._settings.folder.parent.rmdir()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -86,13 +86,19 @@ class RowStore:
             start, end = int(self._offsets[row]), int(self._offsets[row + 1])
             self.memory.will_need(self._first + start * size, self._first + end * size)
 
-    def verify(self, rows: Sequence[int]) -> np.ndarray:
-        """The depth at which each of the rows is kept whole; 0 where it is not, which is then forgotten."""
+    def verify(self, rows: Sequence[int], good: Collection[int] | None = None) -> np.ndarray:
+        """The depth at which each of the rows is kept whole; 0 where it is not, which is then forgotten.
+
+        Args:
+            rows: row numbers.
+            good: depths that are of use; None for all.
+        """
         depths = np.zeros(len(rows), dtype=np.int16)
         for position, row in enumerate(rows):
             mark = self._marks[row]
             depth = int(mark["depth"])
-            if depth > 0 and int(mark["hash"]) == self._hash(row, depth):
+            useful = depth > 0 and (good is None or depth in good)
+            if useful and int(mark["hash"]) == self._hash(row, depth):
                 depths[position] = depth
             else:
                 mark["depth"] = 0

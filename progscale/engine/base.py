@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,9 +32,9 @@ from progscale.optimizers import AdamW, Optimizer
 
 T = TypeVar("T")
 
-# Steps of each stage whose traffic is counted, of which the last one stands: ZeRO-3 learns in the first what it need not gather
-# twice. Counting costs Python's time for every operation.
-LOOKS = 2
+# The step of each stage whose traffic is counted, which costs Python's time for every operation: ZeRO-3 learns in the first what
+# it need not gather twice, and a cache talks in the first two.
+LOOK_AT = 3
 Precision = Literal["fp32", "bf16", "bf16_params", "fp16"]
 LossFunction = Callable[[Any, Mapping[str, torch.Tensor]], torch.Tensor]
 
@@ -117,8 +118,9 @@ class Engine(ABC):
         name: "plain", "ddp", "zero1", "zero2-offload", … as reports show it.
         module: the model itself, without any wrapper.
         build: the current stage's description.
-        traffic: bytes of all collectives in one of the stage's first steps on this rank, see `TrafficCounter`; 0 on one rank
-            alone, None before.
+        traffic: bytes of all collectives in the stage's third step (or its last) on this rank, see `TrafficCounter`; 0 where
+            there is one rank, None before.
+        counts_traffic: whether it is counted.
     """
 
     name: str
@@ -131,7 +133,8 @@ class Engine(ABC):
         self._state_checked = False
         # Bytes that this rank hands to collectives in a step of the stage; None until one was taken.
         self.traffic: int | None = None
-        self._looks = 0
+        self.counts_traffic = True
+        self._steps_taken = self._look_at = 0
         # Names never change, the tensors behind them neither: looked up once.
         self.parameters: dict[str, torch.nn.Parameter] = dict(module.named_parameters())
         # Keys and values of a whole sequence are kept for what comes after it, and in training nothing does.
@@ -180,7 +183,9 @@ class Engine(ABC):
             self._release()
         self._set_trainable(build)
         self.build = build
-        self.traffic, self._looks = (None, LOOKS) if self.world_size > 1 else (0, 0)
+        self.traffic = None if self.world_size > 1 else 0
+        counted = self.world_size > 1 and self.counts_traffic
+        self._steps_taken, self._look_at = 0, min(LOOK_AT, build.stage.steps) if counted else 0
         self._build(build)
         carried, requantized = self._carry(old)
         if scale is not None:
@@ -241,9 +246,9 @@ class Engine(ABC):
             notice: a small number that this rank tells all others with the step's loss; asked for as late as possible.
             around: given a micro-batch, a context for its forward and backward pass.
         """
-        if self._looks == 0:
+        self._steps_taken += 1
+        if self._steps_taken != self._look_at:
             return self._train_step(micro_batches, weight, loss_function, learning_rate, notice, around)
-        self._looks -= 1
         with TrafficCounter() as counter:
             result = self._train_step(micro_batches, weight, loss_function, learning_rate, notice, around)
         self.traffic = counter.total
@@ -380,6 +385,12 @@ class Engine(ABC):
     def optimizer_state_bytes(self) -> int:
         """Bytes of moments and of fp32 masters beside the parameters, on the rank that holds most. A collective."""
         return int(max(self.gather_objects(self._local_state_bytes())))
+
+    def missing_state_bytes(self) -> int:
+        """Of the optimizer's moments that come with the first step, where this rank computes."""
+        width, shards = self.settings.optimizer.state_bytes_per_element, self.shards()
+        here = [shard for shard in shards if shard.tensor.device.type == self.device.type]
+        return sum(max(0, math.ceil(shard.tensor.numel() * width) - shard.state_bytes()) for shard in here)
 
     def digests(self, names: Sequence[str]) -> dict[str, str]:
         """A 128-bit hash (XXH3) of the bits that this rank holds of each named parameter."""

@@ -33,7 +33,7 @@ def run(engine: str, method: str = "full", embeddings: str = "first_stage", prec
     """Takes two steps in each of three stages."""
     trained = method_for("bert", method)
     module = trained.prepare(tiny_model("bert", blocks=BLOCKS, hidden_size=32, intermediate_size=64)).train()
-    made = make_engine(module, engine, precision=precision)
+    made = make_engine(module, engine, precision=precision, counts_traffic=True)
     parts, builds = builds_of(module, "progtuning", embeddings, 3, 6, {}, trained)
     plan = make_plan(parts, [build.stage for build in builds], trained, 2, width=hidden_size(module))
     deepspeed = deepspeed_of(engine)

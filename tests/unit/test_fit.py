@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from progscale.data import TrainLoader
-from progscale.engine.memory import free_bytes, peak_of
+from progscale.engine.memory import available_bytes, free_bytes, peak_of
 from progscale.fit import fit_micro_batch
 from tests.harness.cases import builds_of, make_engine, row_loss, share
 from tests.harness.prefixes import split_of
@@ -29,11 +30,11 @@ class Ranks:
 
     def trial(self, batch: Any, loss: Any) -> int:
         self.tried.append(len(batch))
-        return 1000 + 100 * len(batch)
+        # What is allocated once, in the first pass, is not needed for each.
+        return 1000 + 100 * len(batch) + (5000 if len(self.tried) == 1 else 0)
 
     def gather_objects(self, thing: Any) -> list[Any]:
-        needs, limit = thing
-        return [thing, ([(rows, need + self.more * rows) for rows, need in needs], limit - self.less)]
+        return [thing, thing + self.more * self.tried[-1]] if self.tried else [thing, thing - self.less]
 
 
 def loader(rows: int = 64, world_size: int = 1) -> TrainLoader:
@@ -43,7 +44,7 @@ def loader(rows: int = 64, world_size: int = 1) -> TrainLoader:
 
 @pytest.mark.parametrize(
     ("limit", "rows", "steps"),
-    [(10**9, 64, 1), (1000 + 6400, 64, 1), (1000 + 6399, 32, 2), (1000 + 3199, 22, 3), (1100, 1, 64), (0, 1, 64)],
+    [(10**9, 64, 1), (1000 + 6400, 64, 1), (1000 + 6399, 32, 2), (1000 + 3199, 22, 3)],
 )
 def test_the_largest_that_fits_shared_out_evenly(limit: int, rows: int, steps: int) -> None:
     fit = fit_micro_batch(Ranks(), loader(), row_loss, local_ranks=1, limit_bytes=limit)  # type: ignore[arg-type]
@@ -60,11 +61,43 @@ def test_the_rank_that_is_worst_off_decides() -> None:
 def test_small_shares_are_tried_whole() -> None:
     engine = Ranks()
     fit = fit_micro_batch(engine, loader(8, world_size=2), row_loss, local_ranks=1, limit_bytes=10**9)  # type: ignore[arg-type]
-    assert engine.tried == [2, 4]
+    assert engine.tried == [1, 1, 2, 4]
     assert (fit.rows, fit.steps) == (4, 1)
     engine = Ranks()
-    assert fit_micro_batch(engine, loader(1), row_loss, local_ranks=1, limit_bytes=0).rows == 1  # type: ignore[arg-type]
-    assert engine.tried == [1]
+    assert fit_micro_batch(engine, loader(1), row_loss, local_ranks=1, limit_bytes=10**9).rows == 1  # type: ignore[arg-type]
+    assert set(engine.tried) == {1}
+
+
+def test_nothing_is_tried_that_would_not_fit() -> None:
+    engine = Ranks()
+    fit = fit_micro_batch(engine, loader(), row_loss, local_ranks=1, limit_bytes=1000 + 450)  # type: ignore[arg-type]
+    assert engine.tried == [1, 1], "from one row alone two look like twice as much"
+    assert fit.rows == 1
+    engine = Ranks()
+    fit = fit_micro_batch(engine, loader(), row_loss, local_ranks=1, limit_bytes=2200)  # type: ignore[arg-type]
+    assert engine.tried == [1, 1, 2, 6]
+    assert fit.rows == 11
+    fit = fit_micro_batch(Ranks(), loader(), row_loss, local_ranks=1, limit_bytes=1000)  # type: ignore[arg-type]
+    assert str(fit).endswith("which may not be enough for a single row")
+
+
+def test_what_the_optimizer_will_need_is_not_free() -> None:
+    module = tiny_model("bert", blocks=2).train()
+    engine = make_engine(module, "plain")
+    _, builds = builds_of(module, "none", "always", 1, 4, {})
+    engine.begin_stage(builds[0])
+    elements = sum(parameter.numel() for parameter in module.parameters())
+    assert engine.missing_state_bytes() == 8 * elements
+    engine.train_step(share(0, 4, 101, 0, 1, 4), 4, row_loss, 1e-3)
+    assert engine.missing_state_bytes() == 0
+
+
+def test_a_containers_limit_counts(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("5000000\n")
+    (tmp_path / "memory.current").write_text("2000000\n")
+    assert available_bytes(tmp_path) == 3_000_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_bytes(tmp_path) == pytest.approx(available_bytes(tmp_path / "nowhere"), rel=0.2)
 
 
 def test_the_longest_rows_are_tried() -> None:
@@ -76,7 +109,7 @@ def test_the_longest_rows_are_tried() -> None:
             return super().trial(batch, loss)
 
     made = loader()
-    fit_micro_batch(Looking(), made, row_loss, local_ranks=1, limit_bytes=0)  # type: ignore[arg-type]
+    fit_micro_batch(Looking(), made, row_loss, local_ranks=1, limit_bytes=10**9)  # type: ignore[arg-type]
     assert set(seen) == set(np.argsort(-made.split.lengths, kind="stable")[:6].tolist())
 
 

@@ -98,6 +98,10 @@ def test_other_passes_are_left_alone() -> None:
 
 def test_released_a_model_is_as_it_was() -> None:
     prefix, inputs = prepared()
+    with prefix.running():
+        logits(prefix, inputs)
+    prefix.freeze(1)
+    assert prefix._blocks[1].training, "a block that is trained again has its dropout again"
     block = prefix._blocks[0]
     assert "forward" in vars(block)
     prefix.release()
@@ -114,6 +118,15 @@ def test_blocks_that_hand_on_more_than_hidden_states_are_told() -> None:
         logits(prefix, inputs)
     assert prefix.opaque == "its blocks hand on more than hidden states"
     assert not prefix.understands(1)
+
+
+def test_what_is_still_trained_below_is_told() -> None:
+    """A module of somebody's own model that stands in no part of it, say."""
+    prefix, inputs = prepared()
+    next(iter(prefix._engine.module.parameters())).requires_grad_(True)
+    with prefix.running():
+        logits(prefix, inputs)
+    assert prefix.opaque == "something below them is still trained"
 
 
 def test_what_decides_the_output_of_the_frozen_blocks() -> None:

@@ -59,7 +59,7 @@ def test_as_many_splits_as_the_budget_holds(tmp_path: Path) -> None:
     made = room(tmp_path, "ram", TRAIN - 1)
     reason = opened(made)
     assert reason is not None
-    assert "the training rows need 0.00 GB, there are 0.00 GB (ram: cache.budget_gigabytes; " in reason
+    assert "the training rows need 0.00 GB: ram has 0.00 GB (cache.budget_gigabytes; " in reason
     assert not made.stores
 
 
@@ -88,7 +88,7 @@ def test_a_full_disk_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr("progscale.cache.memory.os.posix_fallocate", full)
     made = room(tmp_path)
-    assert opened(made) == "no room: [Errno 28] No space left on device"
+    assert str(opened(made)).endswith(": disk failed: [Errno 28] No space left on device")
     assert not made.stores
 
 
@@ -136,15 +136,13 @@ def test_rows_that_cannot_be_told_are_not(tmp_path: Path, what: str) -> None:
     assert depths(made) == [0, 0, 0]
 
 
-def test_removed_without_touching_the_neighbours(tmp_path: Path) -> None:
+def test_removed_with_what_earlier_processes_left(tmp_path: Path) -> None:
+    """The folders of nodes that are still there are theirs."""
     filled(tmp_path)
-    other = tmp_path / "cache" / "node-1"
-    other.mkdir()
-    made = room(tmp_path)
-    made.remove()
-    assert other.exists()
-    assert not (tmp_path / "cache" / "node-0").exists()
-    other.rmdir()
+    for number in (1, 2):
+        (tmp_path / "cache" / f"node-{number}").mkdir()
+    room(tmp_path, world_size=2, local=1).remove()
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["node-1"]
     filled(tmp_path)
-    made.remove()
+    room(tmp_path).remove()
     assert not (tmp_path / "cache").exists()
