@@ -326,10 +326,10 @@ class RunConsole:
 def stage_table(stages: Sequence[Mapping[str, Any]]) -> Table:
     """The stages of a finished run, from the entries of summary.json."""
     table = Table(title="What each stage did", title_justify="left")
-    headings = ("stage", "first block", "updated M", "planned M", "train s", "switch s", "audit s", "samples /s", "tokens /s")
+    headings = ("stage", "first block", "upd. M", "plan. M", "train s", "switch s", "audit s", "rows /s", "tokens /s")
     # Only where it tells something: the table is wide.
     several = any(entry.get("communicated_bytes") for entry in stages)
-    for heading in (*headings, "peak MB", "optim. MB", *(["comm. MB /step"] if several else []), "frozen changed"):
+    for heading in (*headings, "peak MB", "optim. MB", *(["sent MB"] if several else []), "frozen moved"):
         table.add_column(heading, justify="right", min_width=5)
     for entry in stages:
         table.add_row(
