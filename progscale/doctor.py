@@ -20,6 +20,7 @@ from progscale import __version__
 from progscale.config import Config, micro_batch_size
 from progscale.errors import UserError
 from progscale.launcher import Ranks, read_ranks, try_port
+from progscale.memory import machine_memory, read
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -90,7 +91,7 @@ def examine(config: Config, *, trust_remote_code: bool = False) -> list[Check]:
         with contextlib.suppress(RuntimeError):  # nobody else comes onto a GPU that is full, or another's alone
             free = torch.cuda.mem_get_info(index)[0]
         gpus.append(Gpu(gpu.name, gpu.total_memory, free, gpu.major, gpu.minor))
-    memory = memory_of(read("/proc/meminfo"), Path("/sys/fs/cgroup"), read("/proc/self/cgroup"))
+    memory = machine_memory()
     checks += machine_checks(config, read("/proc/cpuinfo"), memory, disk_bytes("/dev/shm")[0])
     checks += gpu_checks(config, gpus, torch.version.cuda, os.path.exists("/proc/driver/nvidia/version"))
     check, ranks = ranks_of(os.environ, len(gpus), config.engine.name)
@@ -140,22 +141,6 @@ def version_checks(needed: Sequence[str], python: str, find: Callable[[str], str
         elif name in SHOWN:
             checks.append(Check(f"versions: {name}", "ok", found))
     return checks
-
-
-def memory_of(meminfo: str, root: Path, own: str) -> tuple[int, int]:
-    """Bytes of memory in all and available, by /proc/meminfo and the limits of the cgroups in /proc/self/cgroup, v1 or v2.
-
-    What a cgroup has in use counts its page cache, which it gives back: so only the limit bounds what is available.
-    """
-    kib = {line.split(":")[0]: int(line.split()[1]) for line in meminfo.splitlines() if line.startswith("Mem")}
-    total = kib.get("MemTotal", 0) * 1024
-    for controllers, path in (line.split(":", 2)[1:] for line in own.splitlines()):
-        base, name = (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
-        folder = base / path.lstrip("/")
-        # In a container the path may be the host's; the limit then stands at the top. "max" is none.
-        limits = (read(place / name).strip() for place in (folder, *folder.parents) if controllers in ("", "memory"))
-        total = min([total, *(int(limit) for limit in limits if limit.isdigit())])
-    return total, min(total, kib.get("MemAvailable", 0) * 1024)
 
 
 def machine_checks(config: Config, cpuinfo: str, memory: tuple[int, int], shared_memory: int) -> list[Check]:
@@ -250,10 +235,9 @@ def model_check(config: Config, permissions: Any) -> tuple[Check, Elements]:
     def look() -> str:
         inputs = find_inputs(config, permissions)
         method = method_of(config, inputs)
-        parts = partition_of(inputs, method)
-        counts = [stage.trainable_parameters for stage in nominal_plan(config, inputs.family, parts, method).stages]
-        four_bit = parts.count(info.name for info in parts.parameters.values() if info.four_bit)
-        found[0] = Elements(parts.numel(), max(counts), four_bit)
+        plan = nominal_plan(config, inputs.family, partition_of(inputs, method), method)
+        counts = [stage.trainable_parameters for stage in plan.stages]
+        found[0] = Elements(plan.total_parameters, max(counts), plan.four_bit_parameters)
         model = "demo encoder" if config.model.name is None else inputs.request.name
         live = ", ".join(f"{count / 1e6:.2f}" for count in counts[:8]) + (" …" if counts[8:] else "")
         return f"{model} on {config.task.name}: {found[0].total / 1e6:.2f} M parameters, live by stage {live} M"
@@ -384,14 +368,6 @@ def disk_bytes(folder: str | Path) -> tuple[int, int]:
     except OSError:
         return 0, 0
     return found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
-
-
-def read(path: str | Path) -> str:
-    """A file's content; empty where it cannot be read."""
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
 
 
 def size(count: int) -> str:

@@ -12,6 +12,7 @@ import torch
 
 from progscale.engine.base import Engine
 from progscale.errors import AuditError
+from progscale.memory import status_bytes
 from progscale.optim import StageBuild
 
 
@@ -25,7 +26,7 @@ class MemoryMeter:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.on_gpu = device.type == "cuda"
-        self.baseline_bytes = 0 if self.on_gpu else _status_bytes("VmRSS")
+        self.baseline_bytes = 0 if self.on_gpu else status_bytes("VmRSS")
         self.reset()
 
     def reset(self) -> None:
@@ -42,22 +43,11 @@ class MemoryMeter:
                 "peak_memory_bytes": torch.cuda.max_memory_allocated(self.device),
                 "peak_reserved_bytes": torch.cuda.max_memory_reserved(self.device),
             }
-        resident = _status_bytes("VmHWM")
+        resident = status_bytes("VmHWM")
         return {"peak_memory_bytes": max(0, resident - self.baseline_bytes), "peak_resident_bytes": resident}
 
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
-
-
-def _status_bytes(key: str) -> int:
-    """An entry of /proc/self/status in bytes; 0 on systems without it."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return 0
-    for line in status.read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 @dataclass(frozen=True)

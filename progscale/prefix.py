@@ -74,11 +74,6 @@ class Prefix:
         self.depth = 0
         self.opaque: str | None = None
 
-    @property
-    def most(self) -> int:
-        """Blocks of the first stack."""
-        return len(self._blocks)
-
     def freeze(self, depth: int) -> None:
         """Makes the lowest `depth` blocks the prefix; 0 for none."""
         self.release()

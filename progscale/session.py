@@ -202,7 +202,7 @@ class Session:
             self.log("requantized", stage=build.stage.index, values=switch.requantized)
         self._fit(build.stage)
         self.feed.begin_stage(build.stage.index, self.depth_of(build.stage), self.repeats(step))
-        if self.resumed is not None and build.stage.index == self.resumed.checkpoint.state["stage"] and self.is_main:
+        if self.resumed is not None and build.stage.index == self.resumed.checkpoint.state["stage"] and self.engine.is_main:
             self.feed.restore(self.resumed.checkpoint.state.get("cache") or {})
         return switch
 
@@ -233,11 +233,6 @@ class Session:
         self.loader.micro_batch_size = fit.rows
         self.console.show(f"stage {stage.index}: {fit}")
         self.log("micro_batch", stage=stage.index, **asdict(fit))
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is the process that writes."""
-        return self.engine.is_main
 
     def depth_of(self, stage: Stage) -> int:
         """Blocks of the first stack that no gradient reaches in a stage."""
@@ -464,7 +459,7 @@ class Session:
         if self.folder is not None:
             self.folder.close()
         self.feed.close(finished=self.finished)
-        if self.finished and self.is_main:
+        if self.finished and self.engine.is_main:
             # Of a run that was stopped with a cache, and went on without one.
             shutil.rmtree(self.model_path.parent / CACHE_FOLDER, ignore_errors=True)
         self.engine.close()

@@ -295,15 +295,14 @@ class Copy:
     """Hidden states on their way to the CPU, while the GPU goes on."""
 
     def __init__(self, hidden: torch.Tensor, dtype: torch.dtype) -> None:
-        hidden = hidden.detach().to(dtype)
         self._event: torch.cuda.Event | None = None
         if hidden.device.type == "cuda":
             self._tensor = torch.empty(hidden.shape, dtype=dtype, pin_memory=True)
-            self._tensor.copy_(hidden, non_blocking=True)
+            self._tensor.copy_(hidden.detach().to(dtype), non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(hidden.device))
         else:
-            self._tensor = hidden.clone()  # a block may work in place on what it is given
+            self._tensor = hidden.detach().to(dtype, copy=True)  # a block may work in place on what it is given
 
     def done(self) -> torch.Tensor:
         """The copy, once it is there."""

@@ -45,7 +45,7 @@ class Feed:
         """Before each step and each evaluation."""
 
     def expect(self, batch: GlobalBatch) -> None:
-        """Is told of the batch that comes after the next one."""
+        """Is told of the batch that comes after the one at hand."""
 
     @contextlib.contextmanager
     def around(self, micro: MicroBatch, split: str = "train") -> Iterator[None]:

@@ -19,7 +19,7 @@ from progscale.cache.ledger import Ledger, Nodes
 from progscale.cache.memory import SHARED_MEMORY, Memory, Storage
 from progscale.cache.store import RowStore
 from progscale.engine.base import Engine
-from progscale.engine.memory import available_bytes
+from progscale.memory import available_bytes
 
 META = "cache.json"
 # Of what is free; the rest is for everybody else.

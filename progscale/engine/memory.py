@@ -6,10 +6,10 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
 import torch
+
+from progscale.memory import available_bytes
 
 
 @dataclass
@@ -53,14 +53,3 @@ def free_bytes(device: torch.device, local_ranks: int) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return available_bytes() // max(1, local_ranks)
-
-
-def available_bytes(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes of memory that processes here may still take: those of the machine, or what a container's limit leaves."""
-    left = [int(psutil.virtual_memory().available)]
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        try:
-            left.append(int((root / limit).read_text()) - int((root / used).read_text()))
-        except (OSError, ValueError):  # no such control group; "max" is no limit
-            continue
-    return max(0, min(left))

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[2] / "progscale"
 ORDER = [
     *("errors", "numbers", "registry", "config", "schedule"),
     *("blocks", "models", "layers", "methods", "names", "cost", "plan", "paper"),
-    *("estimate", "launcher", "signals", "learning_rate", "optim", "optimizers", "engine"),
+    *("estimate", "launcher", "memory", "signals", "learning_rate", "optim", "optimizers", "engine"),
     *("tasks", "data"),
     *("checkpoint", "resume", "verify", "watch"),
     *("prefix", "cache", "fit"),

@@ -22,6 +22,7 @@ from progscale.config import Checkpoint, Config, Engine, Run, Task, Train, load_
 from progscale.doctor import Check, Elements, Gpu, Ranks
 from progscale.errors import ConfigError
 from progscale.inputs import NO_PERMISSIONS
+from progscale.memory import memory_of
 from progscale.plan import plan_for
 from progscale.tasks.demo import DEMO_MODEL
 from tests.harness.programs import REPOSITORY, Answer, in_process
@@ -124,12 +125,12 @@ def test_memory_is_what_the_cgroups_leave(tmp_path: Path, own: str, files: dict[
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(str(content))
-    total, available = doctor.memory_of(MEMINFO, tmp_path, own)
+    total, available = memory_of(MEMINFO, tmp_path, own)
     assert (total / GIB, available / GIB) == expected
 
 
 def test_a_system_that_tells_nothing_of_its_memory(tmp_path: Path) -> None:
-    assert doctor.memory_of("", tmp_path, "") == (0, 0)
+    assert memory_of("", tmp_path, "") == (0, 0)
     assert doctor.memory_checks(Config(), Elements(10**9, 10**9), Ranks(), [], available=0) == []
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from progscale import memory
 from progscale.data import TrainLoader
-from progscale.engine.memory import available_bytes, free_bytes, peak_of
-from progscale.fit import fit_micro_batch
+from progscale.engine.memory import free_bytes, peak_of
+from progscale.fit import Fit, fit_micro_batch
 from tests.harness.cases import builds_of, make_engine, row_loss, share
 from tests.harness.prefixes import split_of
 from tests.tiny import tiny_model
@@ -42,43 +42,47 @@ def loader(rows: int = 64, world_size: int = 1) -> TrainLoader:
     return TrainLoader(split, {"input_ids": 0}, global_batch_size=rows, micro_batch_size=1, world_size=world_size)
 
 
+def fit(engine: Any, made: TrainLoader, limit: int) -> Fit:
+    return fit_micro_batch(engine, made, row_loss, local_ranks=1, limit_bytes=limit)
+
+
 @pytest.mark.parametrize(
     ("limit", "rows", "steps"),
     [(10**9, 64, 1), (1000 + 6400, 64, 1), (1000 + 6399, 32, 2), (1000 + 3199, 22, 3)],
 )
 def test_the_largest_that_fits_shared_out_evenly(limit: int, rows: int, steps: int) -> None:
-    fit = fit_micro_batch(Ranks(), loader(), row_loss, local_ranks=1, limit_bytes=limit)  # type: ignore[arg-type]
-    assert (fit.rows, fit.steps) == (rows, steps)
-    assert fit.predicted_bytes == 1000 + 100 * rows
+    found = fit(Ranks(), loader(), limit)
+    assert (found.rows, found.steps) == (rows, steps)
+    assert found.predicted_bytes == 1000 + 100 * rows
 
 
 def test_the_rank_that_is_worst_off_decides() -> None:
     for ranks in (Ranks(more=100), Ranks(less=3200)):
-        fit = fit_micro_batch(ranks, loader(), row_loss, local_ranks=1, limit_bytes=1000 + 6400)  # type: ignore[arg-type]
-        assert fit.rows == 32
+        found = fit(ranks, loader(), 1000 + 6400)
+        assert found.rows == 32
 
 
 def test_small_shares_are_tried_whole() -> None:
     engine = Ranks()
-    fit = fit_micro_batch(engine, loader(8, world_size=2), row_loss, local_ranks=1, limit_bytes=10**9)  # type: ignore[arg-type]
+    found = fit(engine, loader(8, world_size=2), 10**9)
     assert engine.tried == [1, 1, 2, 4]
-    assert (fit.rows, fit.steps) == (4, 1)
+    assert (found.rows, found.steps) == (4, 1)
     engine = Ranks()
-    assert fit_micro_batch(engine, loader(1), row_loss, local_ranks=1, limit_bytes=10**9).rows == 1  # type: ignore[arg-type]
+    assert fit(engine, loader(1), 10**9).rows == 1
     assert set(engine.tried) == {1}
 
 
 def test_nothing_is_tried_that_would_not_fit() -> None:
     engine = Ranks()
-    fit = fit_micro_batch(engine, loader(), row_loss, local_ranks=1, limit_bytes=1000 + 450)  # type: ignore[arg-type]
+    found = fit(engine, loader(), 1000 + 450)
     assert engine.tried == [1, 1], "from one row alone two look like twice as much"
-    assert fit.rows == 1
+    assert found.rows == 1
     engine = Ranks()
-    fit = fit_micro_batch(engine, loader(), row_loss, local_ranks=1, limit_bytes=2200)  # type: ignore[arg-type]
+    found = fit(engine, loader(), 2200)
     assert engine.tried == [1, 1, 2, 6]
-    assert fit.rows == 11
-    fit = fit_micro_batch(Ranks(), loader(), row_loss, local_ranks=1, limit_bytes=1000)  # type: ignore[arg-type]
-    assert str(fit).endswith("which may not be enough for a single row")
+    assert found.rows == 11
+    found = fit(Ranks(), loader(), 1000)
+    assert str(found).endswith("which may not be enough for a single row")
 
 
 def test_what_the_optimizer_will_need_is_not_free() -> None:
@@ -92,12 +96,12 @@ def test_what_the_optimizer_will_need_is_not_free() -> None:
     assert engine.missing_state_bytes() == 0
 
 
-def test_a_containers_limit_counts(tmp_path: Path) -> None:
-    (tmp_path / "memory.max").write_text("5000000\n")
-    (tmp_path / "memory.current").write_text("2000000\n")
-    assert available_bytes(tmp_path) == 3_000_000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert available_bytes(tmp_path) == pytest.approx(available_bytes(tmp_path / "nowhere"), rel=0.2)
+def test_what_is_resident_is_gone_from_a_containers_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "status_bytes", lambda key: 2_000_000)
+    monkeypatch.setattr(memory, "machine_memory", lambda: (5_000_000, 5_000_000))
+    assert memory.available_bytes() == 3_000_000
+    monkeypatch.setattr(memory, "machine_memory", lambda: (50_000_000, 5_000_000))
+    assert memory.available_bytes() == 5_000_000
 
 
 def test_the_longest_rows_are_tried() -> None:
@@ -109,7 +113,7 @@ def test_the_longest_rows_are_tried() -> None:
             return super().trial(batch, loss)
 
     made = loader()
-    fit_micro_batch(Looking(), made, row_loss, local_ranks=1, limit_bytes=10**9)  # type: ignore[arg-type]
+    fit(Looking(), made, 10**9)
     assert set(seen) == set(np.argsort(-made.split.lengths, kind="stable")[:6].tolist())
 
 
