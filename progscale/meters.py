@@ -75,8 +75,8 @@ class StageRecord:
         carried: how the optimizer state reached this stage: none, shards or slices.
         engine: its name in this stage.
         micro_batch_size: rows that a rank ran at once, at most.
-        communicated_bytes: of all collectives of a step on a rank (the stage's third, or its last); None where a resumed run took
-            none.
+        communicated_bytes: of all collectives of a step on a rank (the stage's third, or its last); None where the run was
+            stopped before it and resumed too late for another.
         frozen_prefix: blocks below the lowest trained tensor, which the backward pass does not reach.
         cache: training rows whose frozen prefix was `read`, `extended` from a lower depth or `computed`, and `bytes` reserved on
             the node that has most; None without a cache.
@@ -176,6 +176,7 @@ class StageMeter:
         self.seconds = 0.0
         memory.reset()
         self._peak_before: dict[str, int] = {}
+        self._traffic_before: int | None = None
         self._running_since: float | None = None
 
     def start(self) -> None:
@@ -203,6 +204,7 @@ class StageMeter:
             "audit_seconds": self.audit.seconds,
             "volume_before": self._volume_before,
             "peak": self._peak(),
+            "communicated_bytes": self._traffic,
         }
 
     def restore(self, saved: Mapping[str, Any]) -> None:
@@ -212,6 +214,13 @@ class StageMeter:
         self.audit.seconds += saved["audit_seconds"]
         self._volume_before = saved["volume_before"]
         self._peak_before = saved["peak"]
+        # An older checkpoint has none.
+        self._traffic_before = saved.get("communicated_bytes")
+
+    @property
+    def _traffic(self) -> int | None:
+        """Of a step, counted in this process or in those before it."""
+        return self._traffic_before if self._engine.traffic is None else self._engine.traffic
 
     def _peak(self) -> dict[str, int]:
         """The highest peak of any rank, in this process or in those before it. A collective."""
@@ -261,7 +270,7 @@ class StageMeter:
             carried=carried,
             engine=engine.name,
             micro_batch_size=micro_batch_size,
-            communicated_bytes=engine.traffic,
+            communicated_bytes=self._traffic,
             frozen_prefix=frozen_prefix,
             cache=cache,
             **peak,

@@ -82,6 +82,7 @@ class SavedMeter(Part):
     audit_seconds: float
     volume_before: Count
     peak: dict[str, int]
+    communicated_bytes: Count | None = None
 
 
 class SavedState(Part):

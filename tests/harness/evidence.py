@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tests.harness.programs import records, summary_of
 
 # What may differ between two runs that computed the same.
-MEASURED = ("seconds", "_per_second", "memory_bytes", "resident_bytes", "reserved_bytes", "time")
+MEASURED = ("seconds", "_per_second", "memory_bytes", "resident_bytes", "reserved_bytes", "communicated_bytes", "time")
 
 
 def without_measurements(value: Any) -> Any:
