@@ -183,7 +183,7 @@ def load_exported(
     if method.saves_whole:
         if merge:
             raise UserError(f"{path}: method '{method.name}' exports a whole model, there is nothing to merge: use it as it is")
-        return load_model(replace(request, name=str(path), overrides={}), family).eval()
+        return load_model(replace(request, name=str(path), overrides={}, attention=None), family).eval()
     beside = path.parent / BASE
     if base is None and beside.is_dir() and Path(request.name).name == BASE:
         base = str(beside)  # the random weights that the run began with, wherever it lies now

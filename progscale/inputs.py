@@ -124,6 +124,7 @@ def model_request(config: Config, task: Task, permissions: Permissions) -> Model
         revision=config.model.revision,
         allow_pickle=permissions.allow_pickle,
         trust_remote_code=permissions.trust_remote_code,
+        attention=None if config.model.attention == "auto" else config.model.attention,
     )
 
 

@@ -55,7 +55,7 @@ class Prefix:
     """The lowest blocks of a model's first stack, while they and all below them are frozen.
 
     Args:
-        engine: that runs the model; the model must not be compiled.
+        engine: that runs the model; the blocks of the prefix must not be compiled.
         family: of the model.
     """
 

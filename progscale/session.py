@@ -21,6 +21,7 @@ from progscale.blocks import Partition
 from progscale.cache import CACHE_FOLDER, Feed, Nodes, Repeats
 from progscale.checkpoint.reader import check_fits, load_optimizer, load_weights
 from progscale.checkpoint.saver import Saved, Saver
+from progscale.compiling import Compiler
 from progscale.config import Config, dump_config
 from progscale.data import GlobalBatch, MicroBatch, TrainLoader, eval_batches
 from progscale.engine.base import Engine, StepResult, Switch
@@ -91,6 +92,7 @@ class Session:
     watch: Watch | None = None
     feed: Feed = field(default_factory=Feed)
     nodes: Nodes = field(default_factory=Nodes)
+    compiler: Compiler | None = None
     stopping: bool = False
     steps_done: int = 0
     finished: bool = False
@@ -200,6 +202,8 @@ class Session:
                 "their blocks lie elsewhere than before: the run goes on close to one that was never moved, not equal to it"
             )
             self.log("requantized", stage=build.stage.index, values=switch.requantized)
+        if self.compiler is not None:
+            self.compiler.begin_stage(self.depth_of(build.stage) if self.config.frozen_mode == "eval" else 0)
         self._fit(build.stage)
         self.feed.begin_stage(build.stage.index, self.depth_of(build.stage), self.repeats(step))
         if self.resumed is not None and build.stage.index == self.resumed.checkpoint.state["stage"] and self.engine.is_main:
@@ -459,6 +463,8 @@ class Session:
         if self.folder is not None:
             self.folder.close()
         self.feed.close(finished=self.finished)
+        if self.compiler is not None:
+            self.compiler.close()
         if self.finished and self.engine.is_main:
             # Of a run that was stopped with a cache, and went on without one.
             shutil.rmtree(self.model_path.parent / CACHE_FOLDER, ignore_errors=True)

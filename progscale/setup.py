@@ -18,6 +18,7 @@ from progscale.blocks import Partition, partition
 from progscale.cache import check_cache, make_feed, nodes_of
 from progscale.checkpoint.saver import Saver
 from progscale.checkpoint.store import Store
+from progscale.compiling import Compiler, check_backend
 from progscale.config import Config, dump_config, micro_batch_size
 from progscale.data import TrainLoader, pad_values
 from progscale.engine import ranks
@@ -34,7 +35,7 @@ from progscale.learning_rate import LearningRate
 from progscale.meters import MemoryMeter
 from progscale.methods import Method, Subject, make_method
 from progscale.models.family import Family
-from progscale.models.loading import check_weights, missing_weights
+from progscale.models.loading import check_attention, check_weights, missing_weights
 from progscale.models.saving import save_whole
 from progscale.models.tokenizers import set_pad_token
 from progscale.names import method_faults, with_options
@@ -100,6 +101,8 @@ def prepare(
     if resume in POLICIES and not dry_run:
         ranks.on_main(lambda: check_unfinished(config, run_folder))
     if not dry_run:
+        check_attention(found.request, found.skeleton)
+        check_backend(config.train.compile, torch.device(accelerator.device))
         check_weights(found.request, family)
     drawn = missing_weights(found.request, family, found.skeleton, local_only=dry_run)
     if drawn:
@@ -200,6 +203,7 @@ def prepare(
         signals=signals or Signals(),
         feed=feed,
         nodes=nodes,
+        compiler=None if config.train.compile == "off" else Compiler(engine, family, config.train.compile),
     )
 
 

@@ -150,9 +150,14 @@ def _optimizer(checks: _Checks) -> None:
 
 def _offloads_optimizer(deepspeed: Any) -> bool:
     """Whether a DeepSpeed JSON, perhaps with faults of its own, keeps the optimizer's state in the CPU's memory."""
-    zero = deepspeed.get("zero_optimization") if isinstance(deepspeed, dict) else None
-    block = zero.get("offload_optimizer") if isinstance(zero, dict) else None
+    block = _zero(deepspeed).get("offload_optimizer")
     return isinstance(block, dict) and block.get("device", "none") != "none"
+
+
+def _zero(deepspeed: Any) -> dict[str, Any]:
+    """The section of ZeRO in a DeepSpeed JSON, perhaps with faults of its own."""
+    zero = deepspeed.get("zero_optimization") if isinstance(deepspeed, dict) else None
+    return zero if isinstance(zero, dict) else {}
 
 
 def _schedule(checks: _Checks) -> None:
@@ -258,6 +263,27 @@ def _engine(checks: _Checks) -> None:
             "train.precision",
             f"{checks.value('train.precision')} needs engine.deepspeed, which keeps the fp32 masters; else use bf16",
             "engine.deepspeed",
+        )
+    if checks.config.train.compile != "off" and _zero(engine.deepspeed).get("stage") == 3:
+        checks.fault(
+            "train.compile",
+            f"{checks.value('train.compile')} under ZeRO-3{checks.values.where(('engine', 'deepspeed'))}, which gathers "
+            f"parameters in hooks that a compiled block does not come by; set it to off, or take ZeRO 1 or 2",
+            "engine.deepspeed",
+        )
+    if checks.config.train.compile != "off" and checks.config.train.gradient_checkpointing:
+        checks.fault(
+            "train.compile",
+            f"{checks.value('train.compile')} beside {checks.got('train.gradient_checkpointing')}: torch compiles nothing "
+            f"that is run twice with dropout in it; switch one of them off",
+            "train.gradient_checkpointing",
+        )
+    if checks.config.model.attention.startswith("flash") and precision == "fp32":
+        checks.fault(
+            "model.attention",
+            f"{checks.value('model.attention')} computes in 16 bits alone, beside {checks.got('train.precision')}; take bf16, or "
+            f"attention sdpa",
+            "train.precision",
         )
     origin = checks.values.origins.get(("train", "precision"))
     if precision in checks.values.off and getattr(origin, "kind", "") != "set":

@@ -55,7 +55,7 @@ REFUSED_KEYS = {
     "check_overflow": "the engine checks every gradient before the step; see train.nonfinite",
     "checkpoint": _CHECKPOINT,
     "comet": _MONITOR,
-    "compile": "a compiled engine cannot be rebuilt at a stage switch",
+    "compile": "a compiled engine cannot be rebuilt at a stage switch; train.compile compiles the blocks anew in each stage",
     "compression_training": _GONE,
     "csv_monitor": _MONITOR,
     "curriculum_learning": f"{_GONE}; {_DATA}",

@@ -58,7 +58,7 @@ FREE_KEYS = frozenset(
             "train.max_tokens_per_micro_batch",
         ),
         *("train.eval_batch_size", "train.gradient_checkpointing", "train.num_workers", "train.logging_steps"),
-        *("train.evaluate", "train.save_model", "train.nonfinite", "train.fused_optimizer"),
+        *("train.evaluate", "train.save_model", "train.nonfinite", "train.fused_optimizer", "train.compile", "model.attention"),
         *("cache.storage", "cache.budget_gigabytes", "cache.path"),
     }
 )

@@ -97,6 +97,10 @@ class Model(Section):
         default_factory=dict, description='entries of the transformers config, e.g. {"hidden_dropout_prob": 0.0}'
     )
     tokenizer: Text | None = Field(default=None, description="hub id or local folder of the tokenizer; null: the model's own")
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = Field(
+        default="auto",
+        description="transformers' implementation; auto: sdpa where the model has it; flash attention skips padding, on a GPU",
+    )
 
 
 class Task(Section):
@@ -279,6 +283,10 @@ class Train(Section):
         description="bf16: fp32 parameters under autocast; bf16_params: bf16 parameters with fp32 masters (DeepSpeed)",
     )
     gradient_checkpointing: bool = Field(default=False, description="recompute activations in the backward pass")
+    compile: Literal["off", "inductor", "aot_eager"] = Field(
+        default="off",
+        description="torch.compile each block, anew in each stage, with this backend (aot_eager: traced alone); not under ZeRO-3",
+    )
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
         default=1.0, description="clip the gradient to this global norm; null: never"
     )

@@ -33,6 +33,7 @@ class ModelRequest:
         revision: hub revision.
         allow_pickle: also accept `*.bin` weights; only ever set on the command line.
         trust_remote_code: run code from the model's repository; only ever set on the command line.
+        attention: transformers' implementation of attention; None leaves the choice to it. Without weights it does not matter.
     """
 
     name: str
@@ -45,6 +46,7 @@ class ModelRequest:
     revision: str | None = None
     allow_pickle: bool = False
     trust_remote_code: bool = False
+    attention: str | None = None
 
 
 @dataclass(frozen=True)

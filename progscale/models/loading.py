@@ -73,6 +73,8 @@ def load_config(request: ModelRequest, *, weights: bool | None = None) -> Pretra
         config = _published_config(request)
     _set_labels(config, request)
     _override(config, request.overrides)
+    if request.attention is not None:
+        config._attn_implementation = request.attention
     return config
 
 
@@ -121,6 +123,27 @@ def load_model(request: ModelRequest, family: Family | str | None = None) -> tor
     return _from_pretrained(request, found, config, auto)
 
 
+def check_attention(request: ModelRequest, model: Any) -> None:
+    """Refuses an implementation of attention that the model or this machine does not have.
+
+    Args:
+        request: which model.
+        model: with or without weights.
+
+    Raises:
+        ModelError: with transformers' reason.
+    """
+    if request.attention is None:
+        return
+    asked = f"model.attention: '{request.attention}'"
+    if not hasattr(model, "get_correct_attn_implementation"):
+        raise ModelError(f"{asked} is for models of transformers, and {type(model).__name__} is none; set it to auto")
+    try:
+        model.get_correct_attn_implementation(request.attention, is_init_check=True)
+    except (ValueError, ImportError) as error:
+        raise ModelError(f"{asked} is not possible here ({_first_line(error)}); set it to auto") from error
+
+
 def check_weights(request: ModelRequest, family: Family) -> None:
     """Finds a model's weights, and downloads those of a hub id, before time is spent on its data.
 
@@ -141,6 +164,8 @@ def build_meta(request: ModelRequest, family: Family | str | None = None) -> tor
     import torch
 
     found = find_family(request, family, weights=False)
+    # The machine that looks at a plan need not have the kernels.
+    request = dataclasses.replace(request, attention=None)
     with torch.device("meta"):
         if found.load is not None:
             return found.load(dataclasses.replace(request, random_weights=True))

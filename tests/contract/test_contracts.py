@@ -122,8 +122,8 @@ def check(two_ranks: TwoRanks, case: dict[str, Any]) -> None:
     learning_rate_is_its_closed_form(outcome)
 
 
-def frozen_means_frozen(outcome: Outcome, zero_gradients: str | None = None) -> None:
-    for stage in range(STAGES):
+def frozen_means_frozen(outcome: Outcome, zero_gradients: str | None = None, stages: int = STAGES) -> None:
+    for stage in range(stages):
         assert outcome.frozen_changed[stage] == [], f"stage {stage + 1}: frozen tensors changed"
         assert outcome.frozen_with_gradient[stage] == [], f"stage {stage + 1}: frozen tensors have a gradient"
         assert outcome.state_names[stage] == outcome.live_names[stage], f"stage {stage + 1}: optimizer state of other tensors"

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from progscale.blocks import partition
+from progscale.compiling import Compiler
 from progscale.engine.base import Engine, EngineSettings
 from progscale.engine.deepspeed import DeepSpeedEngine
 from progscale.engine.launch import create_engine, make_accelerator, set_up_cpu
@@ -100,6 +101,8 @@ class Outcome:
     frozen_with_gradient: list[list[str]] = field(default_factory=list)
     state_names: list[list[str]] = field(default_factory=list)
     live_names: list[list[str]] = field(default_factory=list)
+    graphs: list[int] = field(default_factory=list)
+    graph_breaks: int = 0
     carried: list[str] = field(default_factory=list)
     engines: list[str] = field(default_factory=list)
     faults: list[tuple[str | None, tuple[int, ...]]] = field(default_factory=list)
@@ -245,6 +248,7 @@ def run(
     optimizer: str = "adamw",
     by_stage: Sequence[str] = (),
     trials: bool = False,
+    compiled: bool = False,
 ) -> Outcome:
     """Trains a tiny model and records what the contract tests ask about.
 
@@ -255,6 +259,7 @@ def run(
         poison: (step, rank) whose loss becomes infinite.
         width: hidden size (of families that call it so).
         trials: of two micro-batches before each stage, as for `train.micro_batch_size: auto`.
+        compiled: each block, without a compiler of machine code.
         by_stage: a key of ENGINES or VARIANTS for each stage, beginning with `engine`.
         poison_gradient: (step, rank) whose loss stays finite, and whose gradient becomes infinite.
     """
@@ -269,6 +274,7 @@ def run(
     parts, builds = builds_of(module, schedule, embeddings, stages, steps, dict(options or {}), trained)
     curve_of = LearningRate(1e-3, curve, steps, warmup_steps=1, final_fraction=0.1)  # type: ignore[arg-type]
     vocabulary = int(module.config.vocab_size)
+    compiler = Compiler(made, family_of(module), "aot_eager") if compiled else None
     outcome = Outcome()
     for build in builds:
         if toggle and made.build is not None:
@@ -277,6 +283,9 @@ def run(
         else:
             outcome.carried.append(made.begin_stage(build, force=force).carried)
             outcome.engines.append(made.name)
+        if compiler is not None:
+            compiler.begin_stage(0)
+            torch._dynamo.utils.counters.clear()
         for count in (1, 3) if trials else ():
             tried = share(99, count * made.world_size, vocabulary, made.rank, made.world_size, 8, end_token(module.config))
             assert made.trial(tried[0], row_loss) > 0
@@ -306,6 +315,11 @@ def run(
         names = made.gather_objects([piece.name for shard in made.shards() for piece in shard.pieces])
         outcome.state_names.append(sorted({name for part in names for name in part}))
         outcome.live_names.append(live)
+        if compiler is not None:
+            counters = torch._dynamo.utils.counters
+            outcome.graphs.append(counters["stats"]["unique_graphs"])
+            outcome.graph_breaks += sum(counters["graph_break"].values())
+            compiler.close()
     outcome.parameters = {name: value.clone() for name, value in made.full_parameters() if value is not None}
     made.close()
     del made

@@ -14,6 +14,7 @@ import torch
 
 from progscale.cache import CacheSettings, EvalFeed, Feed, Nodes, PrefixCache, Repeats
 from progscale.cache.cache import Costs
+from progscale.compiling import Compiler
 from progscale.data import MicroBatch, TrainLoader, eval_batches
 from progscale.layers import seeded
 from progscale.loop import seed_step
@@ -97,6 +98,7 @@ def run(
     eager: bool = True,
     budget: int | None = None,
     config: dict[str, Any] | None = None,
+    compiled: bool = False,
 ) -> Outcome:
     """Trains with dropout, and evaluates after each epoch.
 
@@ -112,6 +114,7 @@ def run(
         starts: steps at which the stages begin; evenly spread by default.
         eager: the cache is used whatever the clock says.
         budget: of the cache, in bytes.
+        compiled: each block above the prefix, without a compiler of machine code.
     """
     trained = method_for(family, method)
     with seeded(seed):
@@ -140,6 +143,7 @@ def run(
         nodes=nodes.count,
     )
     outcome = Outcome()
+    compiler = Compiler(made, family_of(module), "aot_eager") if compiled else None
     feed: Feed = Feed()
     if storage != "train":
         feed = EvalFeed(Prefix(made, family_of(module)))
@@ -153,6 +157,8 @@ def run(
         made.begin_stage(build)
         lowest = min(plan.stages[build.stage.index - 1].lowest_trained, next(iter(parts.num_blocks.values())))
         step = max(first, build.stage.start_step)
+        if compiler is not None:
+            compiler.begin_stage(lowest)
         feed.begin_stage(build.stage.index, lowest, repeats(step, steps))
         frozen = [name for name in parts.parameters if name not in build.live]
         bits = made.digests(frozen)

@@ -19,7 +19,7 @@ ORDER = [
     *("estimate", "launcher", "memory", "signals", "learning_rate", "optim", "optimizers", "engine"),
     *("tasks", "data"),
     *("checkpoint", "resume", "verify", "watch"),
-    *("prefix", "cache", "fit"),
+    *("compiling", "prefix", "cache", "fit"),
     *("meters", "trackers", "export"),
     *("session", "inputs", "folder", "setup", "progress", "loop", "run", "doctor", "cli", "__main__"),
 ]

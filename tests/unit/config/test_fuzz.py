@@ -75,6 +75,7 @@ VALID: dict[str, st.SearchStrategy[Any]] = {
     "train.save_model": st.sampled_from(["best", "last", "none"]),
     "train.nonfinite": st.just("stop") | st.integers(1, 999).map(lambda number: f"skip:{number}"),
     "train.fused_optimizer": st.none() | st.booleans(),
+    "model.attention": st.sampled_from(["auto", "eager", "sdpa"]),
     "engine.timeout_seconds": st.integers(1, 10**6),
     "checkpoint.every_steps": st.none() | st.integers(1, 10**6),
     "checkpoint.at_epochs": st.booleans(),
@@ -94,7 +95,7 @@ DEPENDENT = {
     *("schedule.first_blocks", "schedule.starts", "schedule.block_weights", "schedule.options"),
     *("schedule.frozen_mode", "cache.storage", "cache.dtype", "cache.budget_gigabytes", "cache.path"),
     *("method.options", "optimizer.options", "optimizer.name", "optimizer.warmup_steps", "engine.name", "engine.deepspeed"),
-    *("engine.by_stage", "train.memory_gigabytes"),
+    *("engine.by_stage", "train.memory_gigabytes", "train.compile"),
 }
 
 

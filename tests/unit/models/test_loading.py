@@ -12,6 +12,7 @@ import torch
 
 from progscale.errors import ModelError
 from progscale.models import ModelRequest, build_meta, find_family, load_config, load_model
+from progscale.models.loading import check_attention
 from tests.tiny import FAMILY_NAMES, SHARED_BLOCKS, tiny_model
 
 CLASSIFY, ANSWER = "sequence_classification", "question_answering"
@@ -214,3 +215,24 @@ def test_a_config_that_its_class_refuses(saved: Callable[..., Path], edit_config
 def test_family_of_a_request_needs_no_weights() -> None:
     assert find_family(ModelRequest("microsoft/deberta-v3-base", head=CLASSIFY), weights=False).name == "deberta-v2"
     assert find_family(ModelRequest("anything", head=CLASSIFY), "bert").name == "bert"
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("random_weights", [False, True])
+def test_attention_is_what_was_asked_for(saved: Callable[..., Path], attention: str, random_weights: bool) -> None:
+    request = ModelRequest(str(saved("bert")), "sequence_classification", attention=attention, random_weights=random_weights)
+    check_attention(request, build_meta(request))
+    assert load_model(request).config._attn_implementation == attention
+
+
+def test_attention_that_is_not_here(saved: Callable[..., Path]) -> None:
+    request = ModelRequest(str(saved("bert")), "sequence_classification", attention="flash_attention_2")
+    # Looking at a plan needs no kernels.
+    skeleton = build_meta(request)
+    with pytest.raises(ModelError, match=r"model\.attention: 'flash_attention_2' is not possible here \(.*\); set it to auto"):
+        check_attention(request, skeleton)
+    without = ModelRequest(str(saved("deberta-v2")), "sequence_classification", attention="sdpa")
+    with pytest.raises(ModelError, match=r"model\.attention: 'sdpa' is not possible here \(DebertaV2For.* does not support"):
+        check_attention(without, build_meta(without))
+    with pytest.raises(ModelError, match="Linear is none; set it to auto"):
+        check_attention(request, torch.nn.Linear(1, 1))
