@@ -112,15 +112,15 @@ class Side:
 
     def step(self, number: int, batch: Any) -> None:
         """The next step; a stage begins before it where one does."""
-        left = max(0, self.total - (number // self.per_epoch + 1) * self.per_epoch) / self.per_epoch
+        left = Repeats.after(number, self.total, self.per_epoch)
         for build, stage in zip(self.builds, self.plan.stages, strict=True):
             if build.stage.start_step == number:
                 self.switch_seconds.append(self.engine.begin_stage(build).seconds)
-                self.feed.begin_stage(build.stage.index, stage.lowest_trained, Repeats(left))
+                self.feed.begin_stage(build.stage.index, stage.lowest_trained, left)
         self.engine.synchronize()
         begin = time.perf_counter()
         seed_step(1, number, 0)
-        self.feed.at(Repeats(left))
+        self.feed.at(left)
         self.engine.train_step(batch.micro_batches, batch.weight, row_loss, LR, around=self.feed.around)
         self.engine.synchronize()
         self.seconds.append(time.perf_counter() - begin)

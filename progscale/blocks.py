@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import product
+from itertools import accumulate, product
 from typing import TYPE_CHECKING, Literal
 
 from progscale.errors import ModelError, nearest
@@ -98,6 +98,16 @@ class Partition:
     def count(self, names: Iterable[str]) -> int:
         """Elements of the named tensors."""
         return sum(self.parameters[name].numel for name in names)
+
+    @cached_property
+    def first_block(self) -> dict[str, int]:
+        """The number of each stack's lowest block, counted from 0 through all stacks."""
+        return dict(zip(self.num_blocks, accumulate([0, *self.num_blocks.values()]), strict=False))
+
+    @property
+    def total_blocks(self) -> int:
+        """Of all stacks."""
+        return sum(self.num_blocks.values())
 
     @cached_property
     def _by_block(self) -> dict[tuple[str, int], tuple[str, ...]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from progscale.config import Config, micro_batch_size
-from progscale.cost import Flops, StateBytes, Work, state_bytes
+from progscale.cost import Flops, StateBytes, state_bytes
 from progscale.plan import Plan, compute_share
 
 if TYPE_CHECKING:
@@ -137,17 +137,15 @@ def stage_costs(plan: Plan, config: Config, world_size: int, moment_bytes: float
     rows, length = config.train.global_batch_size, config.train.max_length
     micro = micro_batch_size(config, world_size)
     micro_batches = -(-rows // (world_size * micro))
-    everything = flops_of(plan.baseline_work, plan, length)
+    everything = plan.baseline_work.flops(length, plan.width)
     block = (config.engine.deepspeed or {}).get("zero_optimization", {})
     threshold = block.get("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
     threshold = 10 * plan.width if threshold == "auto" else int(threshold)
     gathered = sum(size for size in plan.sizes.values() if size > threshold)
     costs = []
     for stage in plan.stages:
-        flops = flops_of(stage.work, plan, length)
-        staged = config.model_copy(
-            update={"engine": config.engine.model_copy(update={"deepspeed": config.deepspeed_of(stage.stage)})}
-        )
+        flops = stage.work.flops(length, plan.width)
+        staged = config.for_stage(stage.stage)
         costs.append(
             StageCost(
                 stage.stage,
@@ -169,11 +167,6 @@ def stage_costs(plan: Plan, config: Config, world_size: int, moment_bytes: float
     return tuple(costs)
 
 
-def flops_of(work: Work, plan: Plan, length: int) -> Flops:
-    """Of one row."""
-    return work.flops(length, plan.width)
-
-
 def time_share(plan: Plan, length: int, *, cache: bool = False) -> float:
     """Predicted time of a run as a share of the same method without stages, by floating-point operations.
 
@@ -183,8 +176,8 @@ def time_share(plan: Plan, length: int, *, cache: bool = False) -> float:
         cache: what frozen blocks give is computed once for each row.
     """
     steps = {stage.stage: stage.end_step - stage.start_step for stage in plan.stages}
-    ours = sum(steps[stage.stage] * flops_of(stage.work, plan, length).total for stage in plan.stages)
-    share = ours / (plan.total_steps * flops_of(plan.baseline_work, plan, length).total)
+    ours = sum(steps[stage.stage] * stage.work.flops(length, plan.width).total for stage in plan.stages)
+    share = ours / (plan.total_steps * plan.baseline_work.flops(length, plan.width).total)
     return share * compute_share(plan, cache=True) / compute_share(plan) if cache else share
 
 
@@ -195,8 +188,7 @@ def render_costs(plan: Plan, costs: Sequence[StageCost], config: Config, world_s
 
     train = config.train
     ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
-    stage, offloaded, _ = zero(config)
-    engine = f"ZeRO-{stage}{' with offload' if offloaded else ''}" if stage else "DDP" if world_size > 1 else "one process"
+    engine = ", ".join(dict.fromkeys(engine_name(config.for_stage(cost.stage), world_size) for cost in costs))
     title = f"A step of {train.global_batch_size} rows of {train.max_length} tokens, {ranks} ({engine}), {train.precision}"
     table = Table(title=Text(title), caption=Text(_prediction(plan, config)), caption_justify="left")
     headings = ("stage", "forward TFLOP", "act. grad TFLOP", "weight grad TFLOP", "time / none")
@@ -211,6 +203,12 @@ def render_costs(plan: Plan, costs: Sequence[StageCost], config: Config, world_s
         cells += [f"{cost.communicated_bytes / 1e6:.1f}"]
         table.add_row(*cells)
     return table
+
+
+def engine_name(config: Config, world_size: int) -> str:
+    """As people call it."""
+    stage, offloaded, _ = zero(config)
+    return f"ZeRO-{stage}{' with offload' if offloaded else ''}" if stage else "DDP" if world_size > 1 else "one process"
 
 
 def _prediction(plan: Plan, config: Config) -> str:

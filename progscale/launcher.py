@@ -32,7 +32,8 @@ def read_ranks(environment: Mapping[str, str]) -> Ranks:
     Raises:
         LaunchError: they are incomplete, no numbers, or contradict each other.
     """
-    local_world_size = environment.get("LOCAL_WORLD_SIZE", "1")
+    # DeepSpeed's own launcher has another name for it.
+    local_world_size = environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or "1"
     if not local_world_size.isdecimal() or int(local_world_size) == 0:
         raise LaunchError(f"LOCAL_WORLD_SIZE: '{local_world_size}' is no number of processes, from 1; {REMEDY}")
     if not {"RANK", "LOCAL_RANK"} & set(environment) and environment.get("WORLD_SIZE", "1") == "1":

@@ -11,7 +11,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from progscale.blocks import Partition, partition
@@ -20,6 +19,7 @@ from progscale.errors import ScheduleError
 from progscale.methods import Method, Subject, live_parameters, make_method
 from progscale.models.family import LANGUAGE_MODEL_HEADS, Family, HeadKind, ModelRequest
 from progscale.models.loading import build_meta, find_family
+from progscale.models.lookup import hidden_size
 from progscale.schedule import EmbeddingsPolicy, Stage, build_stages
 
 if TYPE_CHECKING:
@@ -244,11 +244,6 @@ def make_plan(
     )
 
 
-def hidden_size(model: Any) -> int:
-    """Of a transformers model; 0 where its config does not say."""
-    return int(getattr(getattr(model, "config", None), "hidden_size", None) or 0)
-
-
 def tied_output(parts: Partition, head: HeadKind) -> int:
     """Elements of a language model's output matrix, where it is the embeddings'; else 0."""
     if head not in LANGUAGE_MODEL_HEADS:
@@ -265,14 +260,13 @@ def _block_parameters(parts: Partition, stack: str) -> Fraction:
 
 def _lowest_trained(parts: Partition, names: Sequence[str]) -> int:
     """See `PlanStage.lowest_trained`. A norm that closes a stack below another is trained with the head, above its last block."""
-    first_of = dict(zip(parts.num_blocks, accumulate([0, *parts.num_blocks.values()]), strict=False))
+    first_of, total = parts.first_block, parts.total_blocks
     below = {}
     begun = 0
     for info in parts.parameters.values():
         if info.stack is not None:
             begun = max(begun, first_of[info.stack] + parts.num_blocks[info.stack])
         below[info.name] = begun
-    total = sum(parts.num_blocks.values())
     lowest = total
     for name in names:
         info = parts.parameters[name]

@@ -245,10 +245,8 @@ class Session:
 
     def repeats(self, step: int) -> Repeats:
         """How often rows are run again, when `step` optimizer steps are done."""
-        # A checkpoint, or an evaluation, at the end of an epoch still belongs to it.
-        end_of_epoch = (step // self.steps_per_epoch + 1) * self.steps_per_epoch
         left = len(self._evaluated_after) - bisect_left(self._evaluated_after, step)
-        return Repeats(max(0, self.total_steps - end_of_epoch) / self.steps_per_epoch, max(0, left - 1))
+        return Repeats.after(step, self.total_steps, self.steps_per_epoch, max(0, left - 1))
 
     @functools.cached_property
     def _evaluated_after(self) -> list[int]:

@@ -36,12 +36,13 @@ from progscale.meters import MemoryMeter
 from progscale.methods import Method, Subject, make_method
 from progscale.models.family import Family
 from progscale.models.loading import check_attention, check_weights, missing_weights
+from progscale.models.lookup import hidden_size
 from progscale.models.saving import save_whole
 from progscale.models.tokenizers import set_pad_token
 from progscale.names import method_faults, with_options
 from progscale.optim import build_for
 from progscale.optimizers import OPTIMIZERS, Optimizer, Request
-from progscale.plan import NOMINAL_STEPS, Plan, check_shared_blocks, hidden_size, make_plan, render_plan, schedule_options
+from progscale.plan import NOMINAL_STEPS, Plan, check_shared_blocks, make_plan, render_plan, schedule_options
 from progscale.resume import FOLDER as CHECKPOINTS
 from progscale.resume import POLICIES, derive_stage, find_checkpoint, identity_of
 from progscale.schedule import Stage, build_stages

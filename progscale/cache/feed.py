@@ -22,6 +22,12 @@ class Repeats:
     training: float = 0.0
     evaluation: int = 0
 
+    @classmethod
+    def after(cls, step: int, total_steps: int, steps_per_epoch: int, evaluation: int = 0) -> Repeats:
+        """When `step` of a run's `total_steps` optimizer steps are done; the end of an epoch still belongs to it."""
+        end_of_epoch = (step // steps_per_epoch + 1) * steps_per_epoch
+        return cls(max(0, total_steps - end_of_epoch) / steps_per_epoch, evaluation)
+
 
 class Feed:
     """The frozen blocks are run like all others: dropout is on in them (the paper's way).

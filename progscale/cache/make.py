@@ -39,8 +39,7 @@ def nodes_of(accelerator: Any) -> Nodes:
     Where nodes have unequally many, each rank counts as a node of its own.
     """
     world_size = int(accelerator.num_processes)
-    # DeepSpeed's own launcher has another name for it.
-    local = int(os.environ.get("LOCAL_SIZE", "1")) if "LOCAL_WORLD_SIZE" not in os.environ else read_ranks(os.environ).local
+    local = read_ranks(os.environ).local
     everywhere = set(ranks.gather_objects(local))
     alike = len(everywhere) == 1 and world_size % local == 0
     return Nodes(world_size, local if alike else 1, int(accelerator.process_index))

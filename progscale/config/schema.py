@@ -390,6 +390,11 @@ class Config(Section):
 
         return deepspeed_of(self.engine.deepspeed, self.engine.by_stage, stage)
 
+    def for_stage(self, stage: int) -> Config:
+        """The config whose engine is that of a stage (1-based) in all of them."""
+        engine = self.engine.model_copy(update={"deepspeed": self.deepspeed_of(stage), "by_stage": None})
+        return self.model_copy(update={"engine": engine})
+
     @property
     def schedule_label(self) -> str:
         """The schedule's name, and what is not the paper's way, as tables show it."""

@@ -92,32 +92,28 @@ def work_of(
         output: elements of an output matrix that is tied to the embeddings.
         checkpointing: blocks with a backward pass run forward once more.
     """
-    first_of, blocks = {}, 0
-    for stack, count in parts.num_blocks.items():
-        first_of[stack] = blocks
-        blocks += count
+    first_of, blocks = parts.first_block, parts.total_blocks
 
     def is_above(info: ParameterInfo) -> bool:
         return info.stack is not None and info.block is not None and first_of[info.stack] + info.block >= lowest
 
     matrices = [info for info in parts.parameters.values() if len(info.shape) > 1 and not info.unused]
-    inside, head = ([info for info in matrices if info.part == part] for part in ("block", "head"))
-    above = [info for info in inside if is_above(info)]
-    forward, activation, weight = (
-        (elements(chosen) + (0 if head_by_row else elements(of_head)) + tied, elements(of_head) if head_by_row else 0)
-        for chosen, of_head, tied in (
-            (inside, head, output),
-            (above, head, output),
-            (chosen_live(inside, live), chosen_live(head, live), 0),
-        )
-    )
+    inside = [info for info in matrices if info.part == "block"]
+    above = elements(filter(is_above, inside))
+    head = [info for info in matrices if info.part == "head"]
+    of_head, trained_head = elements(head), trained(head, live)
+    by_token, by_row = (0, 1) if head_by_row else (1, 0)
     back = blocks - min(lowest, blocks)
     return Work(
-        *(forward[0], activation[0], weight[0]),
-        *(forward[1], activation[1], weight[1]),
+        forward=elements(inside) + by_token * of_head + output,
+        activation=above + by_token * of_head + output,
+        weight=trained(inside, live) + by_token * trained_head,
+        forward_row=by_row * of_head,
+        activation_row=by_row * of_head,
+        weight_row=by_row * trained_head,
         blocks=blocks,
         blocks_back=back,
-        recomputed=elements(above) if checkpointing else 0,
+        recomputed=above if checkpointing else 0,
         recomputed_blocks=back if checkpointing else 0,
     )
 
@@ -127,6 +123,6 @@ def elements(infos: Iterable[ParameterInfo]) -> int:
     return sum(info.numel for info in infos)
 
 
-def chosen_live(infos: Iterable[ParameterInfo], live: Collection[str]) -> list[ParameterInfo]:
-    """Those that are trained."""
-    return [info for info in infos if info.name in live]
+def trained(infos: Iterable[ParameterInfo], live: Collection[str]) -> int:
+    """Of those that are trained."""
+    return elements(info for info in infos if info.name in live)

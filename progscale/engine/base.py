@@ -276,9 +276,9 @@ class Engine(ABC):
 
     def _finish_step(self, total: torch.Tensor, learning_rate: float, notice: Callable[[], int]) -> StepResult:
         squared = self._gradient_norm_squared()
-        numbers = torch.stack([total.double(), squared.double()]).to("cpu")
-        report = torch.cat([numbers, torch.tensor([notice()], dtype=torch.float64)])
-        reports = self._gather_numbers(report)
+        # All numbers of a step come to the CPU at once: that is the only place where it waits for the GPU.
+        numbers = [total.double(), squared.double(), total.new_full((), notice(), dtype=torch.float64)]
+        reports = self._gather_numbers(torch.stack(numbers))
         loss = float(reports[:, 0].sum())
         grad_norm = float(self._combine_squared(reports[:, 1]).sqrt())
         notices = tuple(int(value) for value in reports[:, 2])
@@ -477,7 +477,7 @@ class Engine(ABC):
 
     def _gather_numbers(self, numbers: torch.Tensor) -> torch.Tensor:
         if self.world_size == 1:
-            return numbers[None]
+            return numbers.cpu()[None]
         numbers = numbers.to(self.device)
         gathered = torch.empty(self.world_size * numbers.numel(), dtype=numbers.dtype, device=self.device)
         dist.all_gather_into_tensor(gathered, numbers)

@@ -18,6 +18,7 @@ from packaging.version import Version
 from progscale.engine.base import Engine, EngineSettings
 from progscale.engine.state import Piece, Shard
 from progscale.errors import UserError
+from progscale.models.lookup import hidden_size
 from progscale.optim import StageBuild
 
 # What DeepSpeed leaves on parameters and modules when an engine is destroyed, and what then keeps the whole engine alive
@@ -92,7 +93,7 @@ class DeepSpeedEngine(Engine):
         from accelerate.utils.deepspeed import HfDeepSpeedConfig
 
         plugin.hf_ds_config = HfDeepSpeedConfig(
-            stage_config(self.deepspeed, self.settings, self.world_size, hidden_size(self.module))
+            stage_config(self.deepspeed, self.settings, self.world_size, hidden_size(self.module) or 1024)
         )
         plugin.deepspeed_config = plugin.hf_ds_config.config
         optimizer = self.settings.optimizer.build(self.parameters, build.groups)
@@ -393,12 +394,6 @@ def _offsets(zero: Any, group: int, parameters: Sequence[torch.Tensor]) -> list[
         offsets.append(offset)
         offset += parameter.numel()
     return offsets
-
-
-def hidden_size(module: torch.nn.Module) -> int:
-    """The model's hidden size, which fills the "auto" bucket sizes."""
-    config = getattr(module, "config", None)
-    return int(getattr(config, "hidden_size", None) or getattr(config, "dim", None) or 1024)
 
 
 def stage_config(deepspeed: Mapping[str, Any], settings: EngineSettings, world_size: int, hidden: int) -> dict[str, Any]:

@@ -38,6 +38,11 @@ def family_of(model_or_config: Any, explicit: str | None = None) -> Family:
     raise ModelError(_unknown(model_type, config, type(model_or_config).__name__))
 
 
+def hidden_size(model: Any) -> int:
+    """Of a transformers model; 0 where its config does not say."""
+    return int(getattr(getattr(model, "config", None), "hidden_size", None) or 0)
+
+
 def families_by_type() -> dict[str, Family]:
     """`config.model_type` → family, for all registered families."""
     return {model_type: family for _, family in FAMILIES.items() for model_type in family.model_types}

@@ -11,7 +11,8 @@ import torch
 from progscale.config import Config, Engine, Train
 from progscale.engine.base import Engine as RunningEngine
 from progscale.estimate import StageCost, stage_costs
-from progscale.plan import hidden_size, make_plan
+from progscale.models.lookup import hidden_size
+from progscale.plan import make_plan
 from tests.harness.cases import builds_of, deepspeed_of, make_engine, row_loss, share
 from tests.tiny import method_for, tiny_model
 

@@ -187,8 +187,7 @@ def run(
 
 def repeats(step: int, steps: int) -> Repeats:
     """Passes that are left; one evaluation after each."""
-    end = (step // EPOCH + 1) * EPOCH
-    return Repeats(max(0, steps - end) / EPOCH, (steps - step) // EPOCH)
+    return Repeats.after(step, steps, EPOCH, (steps - step) // EPOCH)
 
 
 def evaluate(engine: Any, feed: Feed, split: Tokenized, left: Repeats, nodes: int) -> float:
