@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from progscale.config import Config, micro_batch_size
 from progscale.cost import Flops, StateBytes, state_bytes
-from progscale.plan import Plan, compute_share
+from progscale.plan import Plan, PlanStage, compute_share
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -38,6 +38,7 @@ class StageCost:
         stage: 1-based.
         flops: of an optimizer step over all ranks, every row as long as the longest.
         rank: bytes of state on a rank.
+        activation_bytes: that one micro-batch keeps for its backward pass; None where that is not known.
         communicated_bytes: that a rank hands to collectives in a step.
         time_share: predicted time of a step as a share of plain fine-tuning's, by `flops`.
     """
@@ -45,6 +46,7 @@ class StageCost:
     stage: int
     flops: Flops
     rank: RankState
+    activation_bytes: int | None
     communicated_bytes: int
     time_share: float
 
@@ -58,6 +60,7 @@ class StageCost:
             "gradient_bytes": state.gradients,
             "optimizer_bytes": state.optimizer,
             "host_bytes": self.rank.host,
+            "activation_bytes": self.activation_bytes,
             "communicated_bytes": self.communicated_bytes,
             "time_share": self.time_share,
         }
@@ -122,7 +125,9 @@ def communicated_bytes(config: Config, *, live: int, gathered: int, whole: int, 
     return reduced + width * (gathered * micro_batches + whole if stage == 3 else live)
 
 
-def stage_costs(plan: Plan, config: Config, world_size: int, moment_bytes: float) -> tuple[StageCost, ...]:
+def stage_costs(
+    plan: Plan, config: Config, world_size: int, moment_bytes: float, *, on_gpu: bool = False
+) -> tuple[StageCost, ...]:
     """What each stage of a plan costs.
 
     Args:
@@ -130,6 +135,7 @@ def stage_costs(plan: Plan, config: Config, world_size: int, moment_bytes: float
         config: of the run: its batch, precision and engine.
         world_size: ranks.
         moment_bytes: that the optimizer keeps for an element, without the weights.
+        on_gpu: activations are those of a GPU.
 
     Raises:
         ConfigError: the ranks cannot share the global batch.
@@ -153,6 +159,7 @@ def stage_costs(plan: Plan, config: Config, world_size: int, moment_bytes: float
                 rank_state(
                     staged, plan.total_parameters, stage.trainable_parameters, plan.four_bit_parameters, world_size, moment_bytes
                 ),
+                activations(plan, stage, config, rows=micro, on_gpu=on_gpu),
                 communicated_bytes(
                     staged,
                     live=stage.trainable_parameters,
@@ -165,6 +172,23 @@ def stage_costs(plan: Plan, config: Config, world_size: int, moment_bytes: float
             )
         )
     return tuple(costs)
+
+
+def activations(plan: Plan, stage: PlanStage, config: Config, *, rows: int, on_gpu: bool) -> int | None:
+    """Bytes that a micro-batch of `rows` rows of the longest kind keeps for its backward pass; None where that is not known."""
+    # What is computed again is kept a block at a time, where no hook sees it.
+    if plan.skeleton is None or config.train.gradient_checkpointing:
+        return None
+    from progscale.cost.activations import activation_bytes
+
+    return activation_bytes(
+        plan.skeleton,
+        stage.live,
+        rows=rows,
+        length=config.train.max_length,
+        precision="bf16_params" if zero(config)[2] else config.train.precision,
+        on_gpu=on_gpu,
+    )
 
 
 def time_share(plan: Plan, length: int, *, cache: bool = False) -> float:
@@ -192,7 +216,7 @@ def render_costs(plan: Plan, costs: Sequence[StageCost], config: Config, world_s
     title = f"A step of {train.global_batch_size} rows of {train.max_length} tokens, {ranks} ({engine}), {train.precision}"
     table = Table(title=Text(title), caption=Text(_prediction(plan, config)), caption_justify="left")
     headings = ("stage", "forward TFLOP", "act. grad TFLOP", "weight grad TFLOP", "time / none")
-    for heading in (*headings, "weights GiB", "gradients GiB", "optim. GiB", "comm. MB"):
+    for heading in (*headings, "weights GiB", "gradients GiB", "optim. GiB", "activ. GiB", "comm. MB"):
         table.add_column(heading, justify="right")
     for cost in costs:
         flops, state = cost.flops, cost.rank.state
@@ -200,6 +224,7 @@ def render_costs(plan: Plan, costs: Sequence[StageCost], config: Config, world_s
         cells += [f"{value / 1e12:.3g}" for value in (flops.forward, flops.activation_gradient, flops.weight_gradient)]
         cells += [f"{cost.time_share:.2f}"]
         cells += [f"{value / 2**30:.2f}" for value in (state.weights, state.gradients, state.optimizer)]
+        cells += ["–" if cost.activation_bytes is None else f"{cost.activation_bytes / 2**30:.2f}"]
         cells += [f"{cost.communicated_bytes / 1e6:.1f}"]
         table.add_row(*cells)
     return table
@@ -216,4 +241,4 @@ def _prediction(plan: Plan, config: Config) -> str:
     text = f"predicted time of the run beside plain fine-tuning: {time_share(plan, length):.2f}"
     if config.cache.storage != "off":
         text += f", with the cache {time_share(plan, length, cache=True):.2f}"
-    return text + " (by operations; activations, and what the engine keeps beside the state, are not in the bytes)"
+    return text + " (by operations); activations are those of a micro-batch of the longest rows at the end of its forward pass"

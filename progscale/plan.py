@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from progscale.models.lookup import hidden_size
 from progscale.schedule import EmbeddingsPolicy, Stage, build_stages
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import RenderableType
 
     from progscale.config import Config
@@ -45,6 +46,7 @@ class PlanStage:
         embeddings: whether a tensor of the embeddings is trained.
         trainable_parameters: elements that each of its steps trains.
         updated_parameters: trainable parameters x epochs.
+        live: names of the trained parameters.
         lowest_trained: the block, counted through all stacks, down to which the gradient has to run; 0 with the embeddings, the
             number of blocks where the head alone is trained.
         work: what one of its steps computes.
@@ -59,6 +61,7 @@ class PlanStage:
     embeddings: bool
     trainable_parameters: int
     updated_parameters: Fraction
+    live: frozenset[str]
     lowest_trained: int
     work: Work
 
@@ -94,6 +97,7 @@ class Plan:
         sizes: elements of every parameter.
         four_bit_parameters: elements that are quantised to four bits.
         width: over which attention goes, the model's hidden size; 0 where it is not known.
+        skeleton: the model on the meta device, as the method prepared it, where the plan was made by name.
         model: its name.
         method: its name.
         schedule: its name.
@@ -110,6 +114,7 @@ class Plan:
     sizes: Mapping[str, int]
     four_bit_parameters: int = 0
     width: int = 0
+    skeleton: torch.nn.Module | None = field(default=None, repr=False, compare=False)
     model: str = ""
     method: str = ""
     schedule: str = ""
@@ -219,6 +224,7 @@ def make_plan(
                 embeddings=any(parts.parameters[name].part == "embeddings" for name in names),
                 trainable_parameters=count,
                 updated_parameters=count * epochs,
+                live=frozenset(names),
                 lowest_trained=_lowest_trained(parts, names),
                 work=work(names),
             )
@@ -360,9 +366,10 @@ def plan_for(
         embeddings=embeddings,
         options=options,
     )
-    return make_plan(
+    plan = make_plan(
         parts, built, trained, steps_per_epoch, model=model_name, schedule=schedule, width=width, checkpointing=checkpointing
     )
+    return replace(plan, skeleton=model)
 
 
 def check_shared_blocks(family: Family, parts: Partition, schedule: str, stages: int) -> None:

@@ -1,4 +1,4 @@
-"""What a stage costs: arithmetic, bytes of state, bytes between ranks. Pure functions of sizes."""
+"""What a stage costs: arithmetic, bytes of state, bytes that wait for the backward pass. Pure functions of sizes and shapes."""
 
 from progscale.cost.state import StateBytes, state_bytes
 from progscale.cost.work import Flops, Work, work_of
