@@ -34,7 +34,7 @@ PAIRS = all_pairs(FACTORS, is_allowed)
 # Hours of them: PROGSCALE_PART=3/12 is the third of twelve parts, each with the engines of what it has.
 PRODUCT = part_of(full_product(FACTORS, is_allowed), os.environ.get("PROGSCALE_PART") or "1/1", together="engine")
 # Tensors whose sizes are no multiples of what DeepSpeed aligns to.
-ODD = {"family": "bert", "schedule": "progtuning", "embeddings": "first_stage", "method": "full", "width": 18}
+ODD = {"family": "bert", "schedule": "progtuning", "embeddings": "first_stage", "method": "full", "width": 18, "micro": 2}
 # In the last block of a Longformer only the first token is read, whose attention is the global one: these get zero gradients,
 # and without weight decay they stay where they are.
 ZERO_GRADIENTS = {"longformer": r"layer\.3\.attention\.self\.(query|key|value)\.(bias|lora_B)"}
@@ -55,7 +55,8 @@ def reference(**case: Any) -> Outcome:
 
 
 def train(two_ranks: TwoRanks | None, engine: str, **case: Any) -> Outcome:
-    case = {"stages": STAGES, "steps": STEPS, "blocks": BLOCKS, "options": OPTIONS.get(case["schedule"], {})} | case
+    # A rank has one micro-batch in a step, one process has two; several on a rank are those of ODD and of odd numbers of rows.
+    case = {"stages": STAGES, "steps": STEPS, "blocks": BLOCKS, "micro": 4, "options": OPTIONS.get(case["schedule"], {})} | case
     if engine == "plain" or two_ranks is None:
         return run(engine=engine, **case)
     outcomes = two_ranks.run("tests.harness.cases:run", engine=engine, **case)
@@ -80,7 +81,7 @@ def test_aligned_parameters(two_ranks: TwoRanks) -> None:
 @pytest.mark.parametrize("engine", [name for name in ENGINES if name != "plain"])
 def test_batches_that_do_not_divide(two_ranks: TwoRanks, engine: str, rows: int) -> None:
     """A rank with fewer rows than the other, or with none, takes part with fillers of weight 0."""
-    case = {"family": "bert", "schedule": "progtuning", "embeddings": "always", "method": "full", "rows": rows}
+    case = {"family": "bert", "schedule": "progtuning", "embeddings": "always", "method": "full", "rows": rows, "micro": 2}
     one_and_two_processes_agree(train(two_ranks, engine, **case), train(None, "plain", **case))
 
 

@@ -97,7 +97,7 @@ def test_the_launcher_with_one_process(alone: Path, tmp_path: Path) -> None:
     same_run(tmp_path / "runs" / "a", alone, "zero2", 1)
 
 
-@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+@pytest.mark.parametrize("engine", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_two_processes(alone: Path, tmp_path: Path, engine: str) -> None:
     answer = launched(tmp_path, [*config_file("demo"), *config_file(engine), *settings()], launcher=TWO)
     assert answer.code == 0, answer.err

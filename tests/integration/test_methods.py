@@ -162,9 +162,10 @@ def test_two_processes(tmp_path: Path, name: str, engine: str) -> None:
     run = tmp_path / "runs" / "a"
     assert summary_of(run)["world_size"] == 2
     assert score(load_exported(run / "model"), run / "model")[1] == pytest.approx(summary_of(run)["metrics"]["loss"], abs=1e-5)
-    answer = launched(tmp_path, [*config_file("zero3"), *settings(run__name="b"), *method("qlora")], launcher=TWO)
-    assert answer.code != 0
-    assert "'qlora' and ZeRO-3 do not go together" in answer.err
+    if name == "qlora":
+        answer = launched(tmp_path, [*config_file("zero3"), *settings(run__name="b"), *method("qlora")], launcher=TWO)
+        assert answer.code != 0
+        assert "'qlora' and ZeRO-3 do not go together" in answer.err
 
 
 @pytest.mark.parametrize("name", ["adapter", "bitfit", "lora", "qlora"])
