@@ -40,7 +40,9 @@ def test_started_by_a_launcher() -> None:
 
 
 def test_deepspeeds_launcher_tells_no_local_world_size() -> None:
-    assert read_ranks({key: value for key, value in SECOND.items() if key != "LOCAL_WORLD_SIZE"}) == Ranks(4, 1, 1)
+    alone = {key: value for key, value in SECOND.items() if key != "LOCAL_WORLD_SIZE"}
+    assert read_ranks(alone) == Ranks(4, 1, 1)
+    assert read_ranks({**alone, "LOCAL_SIZE": "2"}) == Ranks(4, 2, 1), "DeepSpeed's launcher has its own name for it"
 
 
 @pytest.mark.parametrize(
