@@ -298,7 +298,6 @@ def run_plan(options: argparse.Namespace) -> int:
     config = read_config(options, [f"{key}={json.dumps(value)}" for key, value in short.items() if value is not None])
     if config.model.name is None:
         raise ConfigError("plan: no model named; give --model NAME (e.g. bert-base-uncased), or --paper")
-    import torch
     from rich.console import Group
 
     from progscale.estimate import render_costs, stage_costs
@@ -308,8 +307,7 @@ def run_plan(options: argparse.Namespace) -> int:
     if options.world_size < 1:
         raise ConfigError(f"--world-size: {options.world_size} is no number of ranks, from 1")
     plan = plan_of(config, options)
-    moments, on_gpu = optimizer_of(config).state_bytes_per_element, torch.cuda.is_available()
-    costs = stage_costs(plan, config, options.world_size, moments, on_gpu=on_gpu)
+    costs = stage_costs(plan, config, options.world_size, optimizer_of(config).state_bytes_per_element)
     content = {**plan.to_json(), "world_size": options.world_size, "costs": [cost.to_json() for cost in costs]}
     tables = Group(render_plan(plan), "", render_costs(plan, costs, config, options.world_size))
     return show(content, lambda _: tables, options.format)

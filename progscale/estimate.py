@@ -126,7 +126,7 @@ def communicated_bytes(config: Config, *, live: int, gathered: int, whole: int, 
 
 
 def stage_costs(
-    plan: Plan, config: Config, world_size: int, moment_bytes: float, *, on_gpu: bool = False
+    plan: Plan, config: Config, world_size: int, moment_bytes: float, *, on_gpu: bool | None = None
 ) -> tuple[StageCost, ...]:
     """What each stage of a plan costs.
 
@@ -135,7 +135,7 @@ def stage_costs(
         config: of the run: its batch, precision and engine.
         world_size: ranks.
         moment_bytes: that the optimizer keeps for an element, without the weights.
-        on_gpu: activations are those of a GPU.
+        on_gpu: activations are those of a GPU; None asks whether this machine has one.
 
     Raises:
         ConfigError: the ranks cannot share the global batch.
@@ -174,11 +174,13 @@ def stage_costs(
     return tuple(costs)
 
 
-def activations(plan: Plan, stage: PlanStage, config: Config, *, rows: int, on_gpu: bool) -> int | None:
+def activations(plan: Plan, stage: PlanStage, config: Config, *, rows: int, on_gpu: bool | None) -> int | None:
     """Bytes that a micro-batch of `rows` rows of the longest kind keeps for its backward pass; None where that is not known."""
     # What is computed again is kept a block at a time, where no hook sees it.
     if plan.skeleton is None or config.train.gradient_checkpointing:
         return None
+    import torch
+
     from progscale.cost.activations import activation_bytes
 
     return activation_bytes(
@@ -187,7 +189,7 @@ def activations(plan: Plan, stage: PlanStage, config: Config, *, rows: int, on_g
         rows=rows,
         length=config.train.max_length,
         precision="bf16_params" if zero(config)[2] else config.train.precision,
-        on_gpu=on_gpu,
+        on_gpu=torch.cuda.is_available() if on_gpu is None else on_gpu,
     )
 
 

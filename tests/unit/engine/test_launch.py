@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from progscale.engine.base import EngineSettings
-from progscale.engine.deepspeed import check_release, hidden_size, stage_config
+from progscale.engine.deepspeed import check_release, stage_config
 from progscale.engine.launch import check_precision, find_compiler, set_up_cpu, take_over_launcher_settings
 from progscale.engine.local import LocalEngine
 from progscale.errors import UserError
+from progscale.models.lookup import hidden_size
 from tests.harness.cases import make_engine
 from tests.tiny import tiny_config, tiny_model
 
@@ -127,7 +128,7 @@ def test_loss_scale_options_pass() -> None:
 def test_hidden_size(family: str, size: int) -> None:
     assert hidden_size(tiny_model(family, blocks=1)) == size
     assert tiny_config(family).hidden_size == size
-    assert hidden_size(nn.Linear(1, 1)) == 1024
+    assert hidden_size(nn.Linear(1, 1)) == 0
 
 
 def test_threads_and_processes(monkeypatch: pytest.MonkeyPatch) -> None:
