@@ -7,7 +7,8 @@
 Lightning's Trainer runs a subclass of its BaseFinetuning, which freezes blocks (and embeddings) when the epoch of a stage begins.
 It is tuned: fused AdamW (for which its own clipping must be replaced: it refuses both together), bf16-mixed precision, no logger,
 no checkpoints, batches that are collated already. progscale takes the same. Both are in one process and take turns step by
-step; Lightning's time runs from the end of the other side's step to the end of its own: what it does between steps counts.
+step; Lightning's time runs from the end of the other side's step to the end of its own: what it does between steps counts. Of
+progscale it is the engine's step, without the loader and the meters of a run (`vs bare` in trainer_overhead.py has those).
 
 The ratio is that of the sums over the run, below 1 where progscale takes less; switches are left out on both sides. Lightning has
 no cache: `cache-10` shows what one gives.
@@ -88,6 +89,10 @@ def lightning_run(
 
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             self.begun = time.perf_counter()
+
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: GlobalBatch, index: int) -> None:
+            if index == 0:  # what it does between epochs, freezing too, is left out, as progscale's switch is
+                self.begun = time.perf_counter()
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: GlobalBatch, index: int) -> None:
             self.seconds.append(time.perf_counter() - self.begun)

@@ -192,6 +192,7 @@ def run_checks(config: Config, ranks: Ranks, *, on_gpu: bool) -> list[Check]:
     import torch
     from torch.utils.cpp_extension import get_default_build_root
 
+    from progscale.compiling import check_backend
     from progscale.engine.deepspeed import check_release
     from progscale.engine.launch import check_precision, find_compiler
     from progscale.estimate import zero
@@ -205,6 +206,8 @@ def run_checks(config: Config, ranks: Ranks, *, on_gpu: bool) -> list[Check]:
     checks = [told("ranks: rows", rows, micro_batch_size, config, count)]
     checks.append(told("ranks: engine", f"{name}, {backend}", check_engine, config, count))
     checks.append(told("ranks: precision", train.precision, check_precision, train.precision, device, stage > 0))
+    if train.compile != "off":
+        checks.append(told("ranks: torch.compile", train.compile, check_backend, train.compile, device))
     # AdamW needs nothing that a line could be about.
     if config.optimizer.name != "adamw":
 

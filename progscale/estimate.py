@@ -176,9 +176,12 @@ def stage_costs(
 
 def activations(plan: Plan, stage: PlanStage, config: Config, *, rows: int, on_gpu: bool | None) -> int | None:
     """Bytes that a micro-batch of `rows` rows of the longest kind keeps for its backward pass; None where that is not known."""
-    # What is computed again is kept a block at a time, where no hook sees it.
-    if plan.skeleton is None or config.train.gradient_checkpointing:
+    train = config.train
+    # What is computed again is kept a block at a time, where no hook sees it; what a compiler keeps it decides itself.
+    if plan.skeleton is None or train.gradient_checkpointing or train.compile == "inductor":
         return None
+    if train.max_tokens_per_micro_batch is not None:
+        rows = min(rows, max(1, train.max_tokens_per_micro_batch // train.max_length))
     import torch
 
     from progscale.cost.activations import activation_bytes
@@ -187,8 +190,10 @@ def activations(plan: Plan, stage: PlanStage, config: Config, *, rows: int, on_g
         plan.skeleton,
         stage.live,
         rows=rows,
-        length=config.train.max_length,
-        precision="bf16_params" if zero(config)[2] else config.train.precision,
+        length=train.max_length,
+        target_length=config.task.max_target_length,
+        precision="bf16_params" if zero(config)[2] else train.precision,
+        attention=config.model.attention,
         on_gpu=torch.cuda.is_available() if on_gpu is None else on_gpu,
     )
 

@@ -177,13 +177,14 @@ def load_exported(
     family = FAMILIES.get(known["family"])
     wanted = {field.name: known[field.name] for field in fields(ModelRequest) if field.name in known}
     request = replace(ModelRequest(**wanted), label_names=tuple(known["label_names"]), random_weights=False)
-    request = replace(request, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    # Whoever loads it may have another device.
+    request = replace(request, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code, attention=None)
     subject = Subject(family, request.head, known["name"], content["precision"])
     method = make_method(content["method"], subject, content["options"])
     if method.saves_whole:
         if merge:
             raise UserError(f"{path}: method '{method.name}' exports a whole model, there is nothing to merge: use it as it is")
-        return load_model(replace(request, name=str(path), overrides={}, attention=None), family).eval()
+        return load_model(replace(request, name=str(path), overrides={}), family).eval()
     beside = path.parent / BASE
     if base is None and beside.is_dir() and Path(request.name).name == BASE:
         base = str(beside)  # the random weights that the run began with, wherever it lies now

@@ -33,9 +33,10 @@ def read_ranks(environment: Mapping[str, str]) -> Ranks:
         LaunchError: they are incomplete, no numbers, or contradict each other.
     """
     # DeepSpeed's own launcher has another name for it.
-    local_world_size = environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or "1"
+    name = "LOCAL_SIZE" if "LOCAL_WORLD_SIZE" not in environment and "LOCAL_SIZE" in environment else "LOCAL_WORLD_SIZE"
+    local_world_size = environment.get(name, "1")
     if not local_world_size.isdecimal() or int(local_world_size) == 0:
-        raise LaunchError(f"LOCAL_WORLD_SIZE: '{local_world_size}' is no number of processes, from 1; {REMEDY}")
+        raise LaunchError(f"{name}: '{local_world_size}' is no number of processes, from 1; {REMEDY}")
     if not {"RANK", "LOCAL_RANK"} & set(environment) and environment.get("WORLD_SIZE", "1") == "1":
         return Ranks(local=int(local_world_size))
     if missing := [key for key in VARIABLES if key not in environment]:
@@ -50,7 +51,7 @@ def read_ranks(environment: Mapping[str, str]) -> Ranks:
     if local_rank >= world_size:
         raise LaunchError(f"LOCAL_RANK: {local_rank} is not below WORLD_SIZE, {world_size}; {REMEDY}")
     if int(local_world_size) > world_size:
-        raise LaunchError(f"LOCAL_WORLD_SIZE: {local_world_size} is more than WORLD_SIZE, {world_size}; {REMEDY}")
+        raise LaunchError(f"{name}: {local_world_size} is more than WORLD_SIZE, {world_size}; {REMEDY}")
     if port > 65535:
         raise LaunchError(f"MASTER_PORT: {port} is no port, which ends at 65535; {REMEDY}")
     return Ranks(world_size, int(local_world_size), rank)

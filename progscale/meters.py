@@ -205,6 +205,7 @@ class StageMeter:
             "volume_before": self._volume_before,
             "peak": self._peak(),
             "communicated_bytes": self._traffic,
+            "communicated_by": self._ranks,
         }
 
     def restore(self, saved: Mapping[str, Any]) -> None:
@@ -214,8 +215,12 @@ class StageMeter:
         self.audit.seconds += saved["audit_seconds"]
         self._volume_before = saved["volume_before"]
         self._peak_before = saved["peak"]
-        # An older checkpoint has none.
-        self._traffic_before = saved.get("communicated_bytes")
+        if saved.get("communicated_by") == self._ranks:
+            self._traffic_before = saved["communicated_bytes"]
+
+    @property
+    def _ranks(self) -> str:
+        return f"{self._engine.name}, {self._engine.world_size}"
 
     @property
     def _traffic(self) -> int | None:

@@ -83,6 +83,7 @@ class SavedMeter(Part):
     volume_before: Count
     peak: dict[str, int]
     communicated_bytes: Count | None = None
+    communicated_by: str | None = None
 
 
 class SavedState(Part):

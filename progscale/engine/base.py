@@ -168,7 +168,8 @@ class Engine(ABC):
             weight: of the global batch.
             loss_function: gives the loss of each row, float32, shape `(rows,)`.
             learning_rate: for this step.
-            notice: a small number that this rank tells all others with the step's loss; asked for as late as possible.
+            notice: a small number that this rank tells all others with the step's loss; asked for when the step's work
+                has been given to the device.
             around: given a micro-batch, a context for its forward and backward pass.
         """
         self._steps_taken += 1
@@ -201,9 +202,11 @@ class Engine(ABC):
 
     def _finish_step(self, total: torch.Tensor, learning_rate: float, notice: Callable[[], int]) -> StepResult:
         squared = self._gradient_norm_squared()
-        # All numbers of a step come to the CPU at once: that is the only place where it waits for the GPU.
-        numbers = [total.double(), squared.double(), total.new_full((), notice(), dtype=torch.float64)]
-        reports = self._gather_numbers(torch.stack(numbers))
+        numbers = torch.stack([total.double(), squared.double()])
+        if self.world_size == 1:
+            numbers = numbers.cpu()
+        # All numbers of all ranks come to the CPU at once: it waits for the GPU once.
+        reports = self._gather_numbers(torch.cat([numbers, numbers.new_full((1,), notice())]))
         loss = float(reports[:, 0].sum())
         grad_norm = float(self._combine_squared(reports[:, 1]).sqrt())
         notices = tuple(int(value) for value in reports[:, 2])
@@ -277,7 +280,8 @@ class Engine(ABC):
                 f"{type(module).__name__} has no `generate`, which this task's scores need; set task.generate to false"
             )
         together = self.partitions_parameters and self.world_size > 1
-        with self._generating():
+        # A compiled block would need a graph for each length.
+        with self._generating(), torch.compiler.set_stance("force_eager"):
             # One text a row, as a tensor, whatever the published generation config asks for.
             plain = {"return_dict_in_generate": False, "num_return_sequences": 1, "use_cache": True}
             written = module.generate(**self.to_device(inputs), synced_gpus=together, **plain, **options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,6 +27,11 @@ class TrafficCounter(TorchDispatchMode):
         super().__init__()
         self.bytes: Counter[str] = Counter()
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Without this torch.compile would give up on whatever it has to trace while this mode is at work."""
+        return True
+
     @property
     def total(self) -> int:
         """Of all kinds."""
@@ -34,14 +39,14 @@ class TrafficCounter(TorchDispatchMode):
 
     def __torch_dispatch__(
         self,
-        func: Callable[..., Any],
+        func: Any,
         types: Any,
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Sees every operation of torch; looks at those of its distributed backends."""
         if getattr(func, "namespace", "") == "c10d":
-            name = func._schema.name.removeprefix("c10d::")  # type: ignore[attr-defined]
+            name = func._schema.name.removeprefix("c10d::")
             self.bytes[name] += _size(args[_WHOLE.get(name, 0)])
         return func(*args, **(kwargs or {}))
 

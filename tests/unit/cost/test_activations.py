@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from progscale.blocks import partition
+from progscale.blocks import FOUR_BIT, partition
 from progscale.cost.activations import activation_bytes
 from progscale.models.lookup import family_of
 from tests.tiny import FAMILY_NAMES, tiny_model
@@ -20,7 +20,7 @@ UNKNOWN = ("longformer", "t5")
 NOT_IN_BF16 = "deberta"
 
 
-def kept(model: Any, precision: str) -> int:
+def kept(model: Any, precision: str, inputs: dict[str, torch.Tensor] | None = None) -> int:
     """Bytes of what a real forward pass saves, on padded rows, beside the parameters and buffers."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     found: dict[int, torch.UntypedStorage] = {}
@@ -37,8 +37,9 @@ def kept(model: Any, precision: str) -> int:
     autocast = torch.autocast("cpu", dtype=torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         with autocast:
-            outputs = model(input_ids=tokens, attention_mask=mask)
-        torch.nn.functional.cross_entropy(outputs.logits.float(), torch.zeros(ROWS, dtype=torch.long), reduction="none")
+            outputs = model(**(inputs or {"input_ids": tokens, "attention_mask": mask}))
+        logits = outputs.logits.float().flatten(0, -2)
+        torch.nn.functional.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long), reduction="none")
     return sum(storage.nbytes() for storage in found.values())
 
 
@@ -73,15 +74,57 @@ def test_every_family(family: str, precision: str) -> None:
 
 
 def test_of_frozen_blocks_nothing_is_kept() -> None:
-    model = tiny_model("bert")
-    shallow, deep = (
-        activation_bytes(
-            tiny_model("bert", blocks=blocks), train_from(tiny_model("bert", blocks=blocks), blocks), rows=2, length=9
-        )
-        for blocks in (1, 6)
+    counts = []
+    for blocks in (1, 6):
+        model = tiny_model("bert", blocks=blocks)
+        counts.append(activation_bytes(model, train_from(model, blocks), rows=2, length=9))
+    assert counts[0] == counts[1]
+
+
+def test_the_model_stays_as_it_is() -> None:
+    model = tiny_model("bert").eval()
+    before = [(name, value.requires_grad, value.data_ptr()) for name, value in model.named_parameters()]
+    assert activation_bytes(model, [], rows=2, length=9) is not None
+    assert [(name, value.requires_grad, value.data_ptr()) for name, value in model.named_parameters()] == before
+    assert not model.training
+
+
+@pytest.mark.parametrize(("family", "head"), [("gpt2", "causal_lm"), ("llama", "causal_lm"), ("t5", "seq2seq_lm")])
+def test_language_models(family: str, head: Any) -> None:
+    """The logits of every token count, in float32 too."""
+    model = tiny_model(family, head=head).train()
+    live = train_from(model, 0)
+    found = activation_bytes(model, live, rows=ROWS, length=LENGTH, target_length=5)
+    vocabulary = model.config.vocab_size
+    tokens = torch.randint(5, 90, (ROWS, LENGTH))
+    mask = torch.ones_like(tokens)
+    mask[0, 8:] = 0
+    inputs = {"input_ids": tokens, "attention_mask": mask}
+    if family == "t5":
+        inputs["decoder_input_ids"] = tokens[:, :5].clone()
+    with_loss = kept(model, "fp32", inputs)
+    assert found == with_loss
+    assert found > 4 * vocabulary * ROWS * (5 if family == "t5" else LENGTH)
+
+
+def test_eager_attention_keeps_its_matrices() -> None:
+    model = tiny_model("bert", dropout=0.1)
+    live = train_from(model, 0)
+    eager, ours = (
+        activation_bytes(model, live, rows=2, length=64, attention=attention, on_gpu=True) for attention in ("eager", "auto")
     )
-    assert shallow == deep
-    assert model.training == tiny_model("bert").training
+    assert eager > 2 * ours
+
+
+def test_no_cast_of_quantised_weights_is_kept() -> None:
+    with torch.device("meta"):
+        model = tiny_model("bert")
+    live = frozenset(name for name, _ in model.named_parameters() if "classifier" in name or "query.bias" in name)
+    whole = activation_bytes(model, live, rows=2, length=9, precision="bf16")
+    matrices = [value for name, value in model.named_parameters() if "encoder" in name and value.dim() == 2]
+    for matrix in matrices:
+        setattr(matrix, FOUR_BIT, True)
+    assert whole - activation_bytes(model, live, rows=2, length=9, precision="bf16") > sum(m.numel() for m in matrices)
 
 
 def test_half_the_bytes() -> None:
@@ -102,3 +145,9 @@ def test_a_gpu_keeps_no_matrix_of_the_attention() -> None:
 def test_what_is_not_known(family: str) -> None:
     model = tiny_model(family)
     assert activation_bytes(model, train_from(model, 0), rows=2, length=8) is None
+
+
+def test_models_that_cannot_be_run_so(caplog: pytest.LogCaptureFixture) -> None:
+    assert activation_bytes(torch.nn.Linear(2, 2), ["weight"], rows=2, length=8) is None
+    assert activation_bytes(tiny_model("bert"), [], rows=2, length=10_000) is None
+    assert not [record for record in caplog.records if record.levelno > 10], "torch's own traceback"
