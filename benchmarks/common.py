@@ -120,6 +120,7 @@ def machine() -> dict[str, Any]:
     packages = ("torch", "transformers", "accelerate", "deepspeed")
     return {
         "processor": names[0] if names else platform.machine(),
+        "gpu": _gpu(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(total[0] / 2**20, 1) if total else None,
         "python": platform.python_version(),
@@ -131,11 +132,18 @@ def _lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
+def _gpu() -> str | None:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
 def show_machine() -> None:
     """One line on the machine, above a table."""
     facts = machine()
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
-    print(f"{facts['processor']}, {facts['cores']} cores, {facts['memory_gib']} GiB; {versions}")
+    gpu = f"{facts['gpu']}, " if facts["gpu"] else ""
+    print(f"{gpu}{facts['processor']}, {facts['cores']} cores, {facts['memory_gib']} GiB; {versions}")
 
 
 def show_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -94,7 +94,7 @@ class Progscale:
         audit = Audit(engine, build)
         engine.begin_stage(build)
         self.meter = StageMeter(engine, build, sizes, MemoryMeter(engine.device), audit)
-        self.console = RunConsole(True)
+        self.console = RunConsole(engine.is_main)
         self.console.begin(total)
         self.meter.start()
         self.step = 0

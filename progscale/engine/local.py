@@ -68,7 +68,8 @@ class LocalEngine(Engine):
 
     def _apply(self, learning_rate: float, grad_norm: float) -> bool:
         assert self.optimizer is not None
-        if self.settings.max_grad_norm is not None:
+        # Torch multiplies by max / (norm + 1e-6), at most 1: below that it is a pass over all gradients for nothing.
+        if self.settings.max_grad_norm is not None and grad_norm + 1e-6 > self.settings.max_grad_norm:
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
             norm = torch.tensor(grad_norm, dtype=torch.float32, device=self.device)
             torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.max_grad_norm, norm)
