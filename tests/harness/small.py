@@ -41,6 +41,7 @@ def frozen(name: str, start: int, end: int, step: int) -> Slice:
 def saved_state(step: int) -> dict[str, Any]:
     """What state.json must have; its `run` fits a run that asks for nothing."""
     counts = dict.fromkeys(("rows", "tokens", "skipped_steps", "volume_before"), 0)
+    sent = {"communicated_bytes": 5, "communicated_by": "plain, 2"}
     seconds = dict.fromkeys(("evaluation_seconds", "saving_seconds", "switch_seconds", "earlier_seconds"), 0.5)
     progress = {"evaluation_due": False, "metrics": {}, "best": {}, "best_step": 0, "stages": [], "skipped_in_a_row": 0}
     return {
