@@ -10,8 +10,8 @@ with warm-up steps that do not count.
 How to read it: `MFU` is the plan's operations of a step (those of the model, no recomputation) over the time of the step, as a
 share of the ceiling: the fastest of several large square matrix products of the same precision, in the same run. `peak GB` is
 what torch's allocator held at most (on a CPU: resident memory above that before the model), `plan GB` the plan's weights,
-gradients, optimizer's state and activations; what the plan leaves out (temporary results, fragments) is the difference. `--largest` takes
-steps of each encoder of a ladder, everything trained, until the GPU's memory is too small.
+gradients, optimizer's state and activations; what the plan leaves out (temporary results, fragments) is the difference.
+`--largest` takes steps of each encoder of a ladder, everything trained, until the GPU's memory is too small.
 """
 
 from __future__ import annotations

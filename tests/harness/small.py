@@ -48,14 +48,7 @@ def saved_state(step: int) -> dict[str, Any]:
         **{"step": step, "stage": 1, "run": {}, "engine": "plain", "world_size": 2, "versions": {}, "loss_scale": None},
         **{"learning_rate": 0.1, "unlogged": [], "metrics_bytes": 0, "parameters": PARAMETERS},
         "progress": {"step": step, "stage": 1, "carried": "none", **progress, **seconds},
-        "meter": {
-            **counts,
-            "seconds": 0.0,
-            "audit_seconds": 0.0,
-            "peak": {},
-            "communicated_bytes": 5,
-            "communicated_by": "plain, 2",
-        },
+        "meter": {**counts, "seconds": 0.0, "audit_seconds": 0.0, "peak": {}, **sent},
     }
 
 
