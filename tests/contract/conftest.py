@@ -10,6 +10,7 @@ SLOWEST = "zero3-offload"
 WITHOUT_IT = ("test_cache", "test_language_models", "test_moving_state", "test_optimizers", "test_trials")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m is asked
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem in WITHOUT_IT and SLOWEST in item.name:
