@@ -128,7 +128,7 @@ class Signals:
     def _leave_together(self, error: ProgscaleError) -> None:
         """Leaves word; one rank of several ends here, as the others may wait for it in a collective."""
         if os.environ.get("WORLD_SIZE", "1") != "1":
-            print(f"progscale: {error}", file=sys.stderr, flush=True)
+            say(error)
             time.sleep(TOGETHER_SECONDS)
             self.leave(error)
         self._mark(error)
@@ -169,8 +169,18 @@ class Signals:
                 # A caller that has dealt with the exception goes on (a notebook).
                 if not self.training and self._there is not None:
                     self.received = self.received or signal.Signals(number).name
-                    print(f"progscale: {self.ending()}", file=sys.stderr, flush=True)
+                    say(self.ending())
                     self.leave(self.ending())
+
+
+def say(error: ProgscaleError) -> None:
+    """Prints why this rank leaves; that another one is gone only where nobody else does.
+
+    A machine's first rank speaks for those that live. Where it is the one that is gone it has said what was wrong, perhaps a
+    mistake that this rank was too slow to meet; one that was killed is in the launcher's report.
+    """
+    if isinstance(error, PreemptedError) or os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"progscale: {error}", file=sys.stderr, flush=True)
 
 
 def mark_preempted(folder: Path, step: int | None, signal: str | None) -> None:

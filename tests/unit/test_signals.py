@@ -293,12 +293,15 @@ def test_an_error_while_training_is_an_error(told: Signals) -> None:
     assert marker(told) is None
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize(("wrapped", "rank"), [(False, 0), (True, 0), (False, 1)])
 def test_another_ranks_crash_is_no_preemption(
-    monkeypatch: pytest.MonkeyPatch, told: Signals, exits: list[int], capsys: pytest.CaptureFixture[str], wrapped: bool
+    monkeypatch: pytest.MonkeyPatch, told: Signals, exits: list[int], capsys: pytest.CaptureFixture[str], wrapped: bool, rank: int
 ) -> None:
-    """The launcher ends the ranks that are left with the signal by which it passes on a preemption."""
+    """The launcher ends the ranks that are left with the signal by which it passes on a preemption; one of them says so, unless
+    the one that is gone is the one that speaks: it has said what was wrong.
+    """
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
     monkeypatch.setattr(launcher, "lacks_ranks", lambda process, environment: True)
     with pytest.raises(Left), told.listening():
         with contextlib.suppress(ProgscaleError) if wrapped else contextlib.nullcontext():
@@ -306,7 +309,8 @@ def test_another_ranks_crash_is_no_preemption(
         raise RuntimeError("Failed to import")
     assert exits == [1]
     assert marker(told) is None
-    assert capsys.readouterr().err == "progscale: another rank of this machine is gone, and the launcher ends the run\n"
+    said = "progscale: another rank of this machine is gone, and the launcher ends the run\n"
+    assert capsys.readouterr().err == ("" if rank else said)
 
 
 @pytest.mark.parametrize(("age_seconds", "code"), [(0.0, 75), (3600.0, 1)])
