@@ -1,9 +1,11 @@
 # make demo: sets everything up and runs the main job; make test: sets everything up and passes the tests.
+# make test WORKERS=4: in four processes at a time, on a machine of four cores or more.
 # make test-product PART=3/12: the third of twelve parts of the longest list.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+WORKERS ?= 2
 
 .PHONY: demo test test-product test-reliability test-real lint setup clean
 
@@ -11,7 +13,7 @@ demo: $(READY)
 	$(BIN)/accelerate launch --config_file configs/accelerate/cpu2.yaml launch/train.py --config configs/demo.json --config configs/zero2.json
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not real_data and not product and not slow"
+	$(BIN)/python -m pytest -m "not real_data and not product and not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-product: $(READY)
 	PROGSCALE_PART=$(PART) $(BIN)/python -m pytest -m product

@@ -50,7 +50,7 @@ def changed(model: torch.nn.Module) -> set[str]:
             },
         ),
     ],
-    ids=str,
+    ids=["default", "a-name", "a-path", "all-linear"],
 )
 def test_targets(options: dict[str, Any], places: set[str]) -> None:
     assert changed(prepared(**options)) == places
