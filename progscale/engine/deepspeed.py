@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from packaging.version import Version
+from torch._tensor_str import printoptions
 
 from progscale.engine.base import Engine, EngineSettings
 from progscale.engine.state import Piece, Shard
@@ -97,7 +98,9 @@ class DeepSpeedEngine(Engine):
         )
         plugin.deepspeed_config = plugin.hf_ds_config.config
         optimizer = self.settings.optimizer.build(self.parameters, build.groups)
-        self._engine, _ = self.accelerator.prepare(self.module, optimizer)
+        # ZeRO-3 formats its arguments for a log line that is not printed, all values of all parameters among them.
+        with printoptions(threshold=0, edgeitems=1):
+            self._engine, _ = self.accelerator.prepare(self.module, optimizer)
 
     def _release(self) -> None:
         engine, self._engine = self._engine, None
