@@ -5,8 +5,8 @@
 
 How to read it: `ms a batch` is how long the training process is kept from its own work by a rank's global batch: cutting it into
 micro-batches and padding them, or, with workers, taking over what they made during a step (of 50 ms here). `tokens/s` is that as
-a rate, padding included: a device waits for the loader only when it computes as fast; benchmarks/throughput.py prints what it does.
-The next batch is made while a GPU still runs the optimizer's step of the one before.
+a rate, padding included: a device waits for the loader only when it computes as fast, which benchmarks/throughput.py tells. The
+next batch is made while a GPU still runs the optimizer's step of the one before.
 """
 
 from __future__ import annotations
