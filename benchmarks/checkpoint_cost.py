@@ -28,7 +28,8 @@ from typing import Any
 
 import torch
 from common import ZERO, machine, random_engine, shape_overrides, show_machine, show_table, write_json
-from switch_cost import batch, row_loss
+from switch_cost import batch
+from workload import DECAY, row_loss
 
 from progscale.checkpoint.reader import load_optimizer, load_weights, verify_together
 from progscale.checkpoint.saver import Saver
@@ -37,8 +38,6 @@ from progscale.cli import quiet_libraries
 from progscale.engine.launch import set_up_cpu
 from progscale.launcher import read_ranks
 from progscale.meters import MemoryMeter
-from progscale.methods import Subject, make_method
-from progscale.models.family import FAMILIES
 from progscale.optim import build_for
 from progscale.schedule import build_stages
 
@@ -59,9 +58,11 @@ def disk_seconds(folder: Path, size: int, name: str) -> float:
 
 def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
     """All rounds of one engine kind."""
-    engine, parts = random_engine(kind, options.model, options.precision, **shape_overrides(options.blocks, options.hidden))
+    engine, parts, method = random_engine(
+        kind, options.model, options.precision, **shape_overrides(options.blocks, options.hidden)
+    )
     stages = build_stages("progtuning", num_blocks=parts.num_blocks, stages=3, total_steps=3, embeddings="always", options={})
-    builds = build_for(stages, parts, make_method("full", Subject(FAMILIES.get("bert"))), weight_decay=0.01)
+    builds = build_for(stages, parts, method, weight_decay=DECAY)
     engine.begin_stage(builds[0])
     folder = Path(engine.on_main(lambda: tempfile.mkdtemp(prefix="checkpoint-cost-", dir=options.folder)))
 

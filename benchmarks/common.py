@@ -211,26 +211,28 @@ def random_encoder(name: str, **overrides: Any) -> Any:
     return ModelRequest(name=name, head="sequence_classification", num_labels=2, overrides=given, random_weights=True)
 
 
-def random_engine(kind: str, model: str, precision: Any = "fp32", rows: int = 2, **overrides: Any) -> tuple[Any, Any]:
-    """An engine of a kind in ZERO over a well-known architecture with random weights (seed 0), and the model's partition."""
+def random_engine(
+    kind: str, model: str, precision: Any = "fp32", rows: int = 2, method: str = "full", **overrides: Any
+) -> tuple[Any, Any, Any]:
+    """An engine of a kind in ZERO over a known architecture with random weights (seed 0), the model's partition, the method."""
     import torch
 
     from progscale.blocks import partition
     from progscale.engine.base import EngineSettings
     from progscale.engine.launch import create_engine, make_accelerator
     from progscale.engine.loading import load_module
+    from progscale.methods import Subject, make_method
     from progscale.models.loading import find_family
 
     reset_accelerate()
     accelerator = make_accelerator(deepspeed=ZERO[kind])
     request = random_encoder(model, **overrides)
     family = find_family(request, None)
+    made = make_method(method, Subject(family, precision=precision))
     torch.manual_seed(0)
-    module = load_module(request, family, ZERO[kind])
-    module.train()
-    return create_engine(module, EngineSettings(precision, micro_batch_size=rows), accelerator, ZERO[kind]), partition(
-        module, family
-    )
+    module = made.prepare(load_module(request, family, ZERO[kind])).train()
+    parts = partition(module, family)
+    return create_engine(module, EngineSettings(precision, micro_batch_size=rows), accelerator, ZERO[kind]), parts, made
 
 
 def shape_overrides(blocks: int | None, hidden: int | None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from common import machine, show_machine, show_table, write_json
 from stage_speed import Row, Side
-from trainer_overhead import synthetic
+from workload import synthetic
 
 from progscale.cli import quiet_libraries
 from progscale.compiling import Compiler

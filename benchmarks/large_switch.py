@@ -39,7 +39,8 @@ from common import (
     torchrun,
     write_json,
 )
-from switch_cost import Micro, row_loss
+from switch_cost import Micro
+from workload import row_loss
 
 SPLIT = "plain, split"
 

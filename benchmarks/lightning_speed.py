@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from common import machine, random_encoder, show_machine, show_table, write_json
 from stage_speed import ROWS, Row, Side
-from trainer_overhead import CLIP, DECAY, LR, row_loss, synthetic
+from workload import CLIP, DECAY, LR, row_loss, synthetic
 
 from progscale.cli import quiet_libraries
 from progscale.data import GlobalBatch

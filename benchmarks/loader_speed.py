@@ -17,25 +17,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from common import machine, show_machine, show_table, write_json
+from workload import synthetic
 
 from progscale.data import TrainLoader
 from progscale.tasks.base import Tokenized
-from progscale.tasks.ragged import Ragged
 
 # Rows of a rank's global batch and tokens of a row at most.
 SHAPES = ((32, 128), (64, 384), (256, 512))
 STEPS = 24
-
-
-def random_split(rows: int, longest: int, seed: int = 0) -> Tokenized:
-    """Rows of random tokens, between a quarter of the longest length and all of it."""
-    generator = np.random.default_rng(seed)
-    lengths = generator.integers(longest // 4, longest + 1, rows)
-    tokens = [generator.integers(1000, 2000, length) for length in lengths]
-    columns = {"input_ids": Ragged.from_rows(tokens), "token_type_ids": Ragged.from_rows([np.zeros_like(row) for row in tokens])}
-    return Tokenized(columns, lengths.astype(np.int64), {"labels": generator.integers(0, 2, rows)})
 
 
 def seconds_a_batch(split: Tokenized, rows: int, workers: int, epoch: int) -> tuple[float, float]:
@@ -71,7 +61,7 @@ def main() -> None:
     show_machine()
     cells: list[list[Any]] = []
     for rows, longest in SHAPES:
-        split = random_split(rows * STEPS, longest)
+        split = synthetic(rows * STEPS, longest, 30000, mean=longest / 2)
         # In turns, so that a slow moment meets all of them.
         rounds = [
             {count: seconds_a_batch(split, rows, count, epoch) for count in options.workers} for epoch in range(options.rounds)

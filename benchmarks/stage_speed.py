@@ -26,7 +26,7 @@ from typing import Any, cast
 
 import torch
 from common import machine, random_encoder, reset_accelerate, show_machine, show_table, write_json
-from trainer_overhead import CLIP, DECAY, LR, row_loss, synthetic
+from workload import CLIP, DECAY, LR, row_loss, synthetic
 
 from progscale.blocks import partition
 from progscale.cache import CacheSettings, Feed, Nodes, PrefixCache, Repeats

@@ -27,13 +27,12 @@ from typing import Any
 
 import torch
 from common import ZERO, machine, random_engine, shape_overrides, show_machine, show_table, write_json
+from workload import DECAY, row_loss
 
 from progscale.cli import quiet_libraries
 from progscale.engine.launch import set_up_cpu
 from progscale.launcher import read_ranks
 from progscale.meters import Audit
-from progscale.methods import Subject, make_method
-from progscale.models.family import FAMILIES
 from progscale.optim import build_for
 from progscale.schedule import build_stages
 
@@ -45,11 +44,6 @@ class Micro:
     inputs: dict[str, torch.Tensor]
     labels: dict[str, torch.Tensor]
     weight: float = 1.0
-
-
-def row_loss(outputs: Any, labels: Any) -> torch.Tensor:
-    """Cross-entropy of each row."""
-    return torch.nn.functional.cross_entropy(outputs.logits.float(), labels["labels"], reduction="none")
 
 
 def batch(step: int, rank: int, rows: int, length: int) -> Micro:
@@ -75,7 +69,7 @@ def live_objects() -> dict[str, int]:
 
 def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
     """All switches of one engine kind."""
-    engine, parts = random_engine(
+    engine, parts, method = random_engine(
         kind, options.model, options.precision, options.rows, **shape_overrides(options.blocks, options.hidden)
     )
     stages = build_stages(
@@ -86,7 +80,7 @@ def measure(kind: str, options: argparse.Namespace) -> dict[str, Any]:
         embeddings="always",
         options={},
     )
-    builds = build_for(stages, parts, make_method("full", Subject(FAMILIES.get("bert"))), weight_decay=0.01)
+    builds = build_for(stages, parts, method, weight_decay=DECAY)
     # As a run does it: each switch collects the old engine, and would scan all that importing left each time.
     gc.collect()
     gc.freeze()

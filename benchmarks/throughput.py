@@ -26,21 +26,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import machine, random_encoder, reset_accelerate, show_machine, show_table, write_json
-from trainer_overhead import CLIP, DECAY, LR, row_loss
+from common import machine, random_engine, show_machine, show_table, write_json
+from workload import DECAY, LR, row_loss
 
-from progscale.blocks import partition
 from progscale.cli import quiet_libraries
 from progscale.config import Config
 from progscale.config.schema import Train
 from progscale.data import MicroBatch
-from progscale.engine.base import EngineSettings
-from progscale.engine.launch import create_engine, make_accelerator, set_up_cpu
-from progscale.engine.loading import load_module
+from progscale.engine.launch import make_accelerator, set_up_cpu
 from progscale.estimate import StageCost, stage_costs
 from progscale.meters import MemoryMeter
-from progscale.methods import Subject, make_method
-from progscale.models.loading import find_family
 from progscale.optim import build_for
 from progscale.optimizers import AdamW
 from progscale.plan import plan_for
@@ -68,7 +63,7 @@ def ceiling(device: torch.device, precision: str) -> float:
 
 
 def wait(device: torch.device) -> None:
-    """For the GPU."""
+    """Until a GPU has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -80,51 +75,41 @@ def planned_bytes(cost: StageCost) -> int | None:
 
 def measure(options: argparse.Namespace, name: str, length: int, stages: int) -> list[dict[str, Any]]:
     """Every stage of a model at a length."""
-    request = random_encoder(name)
-    family = find_family(request, None)
-    method = make_method(options.method, Subject(family, precision=options.precision))
-    reset_accelerate()
-    accelerator = make_accelerator(deepspeed=None)
-    device = torch.device(accelerator.device)
-    memory = MemoryMeter(device)
-    torch.manual_seed(0)
-    module: Any = method.prepare(load_module(request, family, None)).train()
-    parts = partition(module, family)
-    total = stages * (options.steps + options.warm_up)
+    memory = MemoryMeter(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    engine, parts, method = random_engine("plain", name, options.precision, options.rows, options.method)
+    schedule = "progtuning" if stages > 1 else "none"
     built = build_stages(
-        "progtuning" if stages > 1 else "none",
+        schedule,
         num_blocks=parts.num_blocks,
         stages=stages,
-        total_steps=total,
+        total_steps=stages * (options.steps + options.warm_up),
         embeddings=options.embeddings,
         options={},
     )
     train = Train(global_batch_size=options.rows, micro_batch_size=options.rows, max_length=length, precision=options.precision)
     plan = plan_for(
         name,
-        schedule="progtuning" if stages > 1 else "none",
+        schedule=schedule,
         stages=stages,
         epochs=stages,
         embeddings=options.embeddings,
         method=options.method,
     )
     costs = stage_costs(plan, Config(train=train), 1, AdamW().state_bytes_per_element)
-    engine = create_engine(module, EngineSettings(options.precision, AdamW(), CLIP, options.rows), accelerator, None)
     tokens = torch.randint(1000, 2000, (options.rows, length))
     batch = MicroBatch(
         {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, {"labels": tokens[:, 0] % 2}, np.arange(options.rows)
     )
-    del module
     found = []
     for build, cost in zip(build_for(built, parts, method, weight_decay=DECAY), costs, strict=True):
         switch = engine.begin_stage(build)
         memory.reset()
         seconds = []
         for step in range(options.warm_up + options.steps):
-            wait(device)
+            wait(engine.device)
             begin = time.perf_counter()
             engine.train_step([batch], options.rows, row_loss, LR)
-            wait(device)
+            wait(engine.device)
             if step >= options.warm_up:
                 seconds.append(time.perf_counter() - begin)
         taken = statistics.median(seconds)
@@ -180,6 +165,7 @@ def main(given: Sequence[str] | None = None) -> None:
     options = parser.parse_args(given)
     quiet_libraries()
     set_up_cpu(options.threads)
+    make_accelerator(deepspeed=None)  # what its imports take is not the model's memory
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.largest and device.type != "cuda":
         parser.error("--largest fills the memory of a GPU, and there is none here")

@@ -30,7 +30,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from common import (
     DATA,
@@ -47,6 +46,7 @@ from common import (
 from plain_trainer import load
 from torch.utils.data import Dataset
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
+from workload import CLIP, DECAY, LR, row_loss, synthetic
 
 from progscale.blocks import partition
 from progscale.cli import quiet_libraries
@@ -66,10 +66,7 @@ from progscale.optimizers import AdamW
 from progscale.schedule import build_stages
 from progscale.tasks.base import Tokenized
 from progscale.tasks.demo import demo_tokenizer
-from progscale.tasks.ragged import Ragged
 from progscale.trackers import RunConsole
-
-LR, DECAY, CLIP = 2e-5, 0.01, 1.0
 
 
 class Examples(Dataset[dict[str, Any]]):
@@ -158,21 +155,6 @@ class Turns(TrainerCallback):
         for name in list(self.others)[:: 1 if rounds % 2 else -1]:
             self.seconds[name].append(self.others[name]())
         self.begun = time.perf_counter()
-
-
-def row_loss(outputs: Any, labels: Any) -> torch.Tensor:
-    """Cross-entropy of each row."""
-    return torch.nn.functional.cross_entropy(outputs.logits.float(), labels["labels"], reduction="none")
-
-
-def synthetic(rows: int, longest: int, vocabulary: int) -> Tokenized:
-    """Random tokens with lengths about those of MRPC (mean 53)."""
-    rng = np.random.default_rng(0)
-    lengths = np.clip(rng.normal(53, 13, rows).astype(np.int64), 12, longest)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    tokens = rng.integers(5, vocabulary, int(offsets[-1]))
-    columns = {"input_ids": Ragged(tokens, offsets), "token_type_ids": Ragged(np.zeros_like(tokens), offsets)}
-    return Tokenized(columns, lengths, {"labels": rng.integers(0, 2, rows)})
 
 
 def prepare(options: argparse.Namespace) -> tuple[torch.nn.Module, Any, Tokenized]:

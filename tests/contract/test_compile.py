@@ -26,14 +26,14 @@ from tests.harness.cases import builds_of, make_engine, row_loss, share
 from tests.harness.worker import TwoRanks
 from tests.tiny import tiny_model
 
-MORE = ("ddp", "zero1", "zero2", "zero2-offload")
+MORE = ("zero1", "zero2", "zero2-offload")
 CASE: dict[str, Any] = {"family": "bert", "schedule": "progtuning", "embeddings": "first_stage", "method": "full"}
 
 
 SMALL = {"stages": 2, "steps": 4, "blocks": 2}
 
 
-@pytest.mark.parametrize("engine", ["plain", *(pytest.param(name, marks=pytest.mark.product) for name in MORE)])
+@pytest.mark.parametrize("engine", ["plain", "ddp", *(pytest.param(name, marks=pytest.mark.product) for name in MORE)])
 def test_every_engine(two_ranks: TwoRanks, engine: str) -> None:
     case = CASE | SMALL
     outcome = train(None if engine == "plain" else two_ranks, engine, **case, compiled=True)

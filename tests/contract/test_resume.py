@@ -124,9 +124,8 @@ def stopped(runs: Runs, engine: str, schedule: str, steps: list[int]) -> None:
         same_bits(runs.rest(engine, schedule, step, **settings), whole, step)
 
 
-NOT_EACH = [("zero3", "adapter"), ("zero3", "bitfit")]
 METHOD_CASES = [
-    pytest.param(engine, method, marks=pytest.mark.product if engine.endswith("offload") or (engine, method) in NOT_EACH else [])
+    pytest.param(engine, method, marks=pytest.mark.product if engine.endswith("offload") else [])
     for engine in ENGINES
     for method in METHODS.names()
     if method != "full" and by_engine(method, engine) is None

@@ -155,7 +155,7 @@ def test_a_plan_knows_methods() -> None:
     assert plan["method"] == "lora"
 
 
-@pytest.mark.parametrize(("name", "engine"), [("qlora", "zero2"), pytest.param("adapter", "zero3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("name", "engine"), [("qlora", "zero2"), ("adapter", "zero3")])
 def test_two_processes(tmp_path: Path, name: str, engine: str) -> None:
     answer = launched(tmp_path, [*config_file(engine), *settings(), *method(name)], launcher=TWO)
     assert answer.code == 0, answer.err
