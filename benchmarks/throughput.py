@@ -33,7 +33,7 @@ from progscale.cli import quiet_libraries
 from progscale.config import Config
 from progscale.config.schema import Train
 from progscale.data import MicroBatch
-from progscale.engine.launch import make_accelerator, set_up_cpu
+from progscale.engine.launch import set_up_cpu
 from progscale.estimate import StageCost, stage_costs
 from progscale.meters import MemoryMeter
 from progscale.optim import build_for
@@ -75,17 +75,7 @@ def planned_bytes(cost: StageCost) -> int | None:
 
 def measure(options: argparse.Namespace, name: str, length: int, stages: int) -> list[dict[str, Any]]:
     """Every stage of a model at a length."""
-    memory = MemoryMeter(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    engine, parts, method = random_engine("plain", name, options.precision, options.rows, options.method)
     schedule = "progtuning" if stages > 1 else "none"
-    built = build_stages(
-        schedule,
-        num_blocks=parts.num_blocks,
-        stages=stages,
-        total_steps=stages * (options.steps + options.warm_up),
-        embeddings=options.embeddings,
-        options={},
-    )
     train = Train(global_batch_size=options.rows, micro_batch_size=options.rows, max_length=length, precision=options.precision)
     plan = plan_for(
         name,
@@ -96,6 +86,17 @@ def measure(options: argparse.Namespace, name: str, length: int, stages: int) ->
         method=options.method,
     )
     costs = stage_costs(plan, Config(train=train), 1, AdamW().state_bytes_per_element)
+    # Planned before: what imports take is not the model's memory.
+    memory = MemoryMeter(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    engine, parts, method = random_engine("plain", name, options.precision, options.rows, options.method)
+    built = build_stages(
+        schedule,
+        num_blocks=parts.num_blocks,
+        stages=stages,
+        total_steps=stages * (options.steps + options.warm_up),
+        embeddings=options.embeddings,
+        options={},
+    )
     tokens = torch.randint(1000, 2000, (options.rows, length))
     batch = MicroBatch(
         {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, {"labels": tokens[:, 0] % 2}, np.arange(options.rows)
@@ -165,7 +166,6 @@ def main(given: Sequence[str] | None = None) -> None:
     options = parser.parse_args(given)
     quiet_libraries()
     set_up_cpu(options.threads)
-    make_accelerator(deepspeed=None)  # what its imports take is not the model's memory
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.largest and device.type != "cuda":
         parser.error("--largest fills the memory of a GPU, and there is none here")
