@@ -25,6 +25,8 @@ from progscale.errors import PreemptedError, ProgscaleError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 PREEMPTED = "PREEMPTED"
+# Names another file to be the marker too.
+ASKED_MARKER = "PROGSCALE_PREEMPTED"
 # A terminal sends Ctrl-C to every process of the launch, and the launcher passes it on: the second one is the same press.
 SAME_PRESS_SECONDS = 1.0
 # How long the main thread may take to come out of compiled code before training, where nothing can be lost.
@@ -186,17 +188,21 @@ def say(error: ProgscaleError) -> None:
 def mark_preempted(folder: Path, step: int | None, signal: str | None) -> None:
     """Leaves the marker by which a script knows that the run wants to be started again; removed when it is.
 
-    It is a help, and the exit code says the same: on a full disk there is none.
+    It lies in the run's folder, and also where a script asks for it that does not know the folder ($PROGSCALE_PREEMPTED). It is a
+    help, and the exit code says the same: on a full disk there is none.
 
     Args:
         folder: of the run.
         step: that is saved; None where training had not begun.
         signal: that came to this process; None where it came to another.
     """
-    partial = folder / f".{PREEMPTED}.{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps({"step": step, "signal": signal, "time": round(time.time(), 3)}) + "\n", encoding="utf-8")
-        os.replace(partial, folder / PREEMPTED)
-    except OSError as error:
-        print(f"progscale: the marker {folder / PREEMPTED} cannot be written ({error.strerror})", file=sys.stderr)
+    content = json.dumps({"step": step, "signal": signal, "time": round(time.time(), 3)}) + "\n"
+    asked = os.environ.get(ASKED_MARKER)
+    for marker in (folder / PREEMPTED, *([Path(asked)] if asked else [])):
+        partial = marker.with_name(f".{marker.name}.{os.getpid()}")
+        try:
+            marker.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(content, encoding="utf-8")
+            os.replace(partial, marker)
+        except OSError as error:
+            print(f"progscale: the marker {marker} cannot be written ({error.strerror})", file=sys.stderr)
