@@ -6,4 +6,26 @@ set -euo pipefail
 export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}"
 # By default workers are killed 30 s after the signal; a large checkpoint on a slow disk takes longer.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
-exec accelerate launch "$@"
+# On several machines torchrun guesses from names which of them keeps the store, and tells the others the name that this one
+# gives itself; where names cannot be looked up both go wrong. Addresses are told instead: the one from which the head is
+# reached, which on the head itself is the head's.
+find_address='import socket, sys
+family, kind, _, _, address = socket.getaddrinfo(sys.argv[1], 9, type=socket.SOCK_DGRAM)[0]
+with socket.socket(family, kind) as probe:
+    probe.connect(address)
+    print(probe.getsockname()[0], int(probe.getsockname()[0] == address[0]))'
+told=()
+previous=
+for argument in "$@"; do
+  if [ "$previous" = --main_process_ip ]; then
+    if ! found=$(python -c "$find_address" "$argument" 2>/dev/null); then
+      echo "launch.sh: --main_process_ip: '$argument' cannot be looked up or reached from $(hostname)" >&2
+      exit 2
+    fi
+    read -r own is_host <<<"$found"
+    export PET_LOCAL_ADDR="${PET_LOCAL_ADDR:-$own}"
+    told=(--rdzv_conf "is_host=$is_host")
+  fi
+  previous=$argument
+done
+exec accelerate launch "${told[@]}" "$@"

@@ -25,6 +25,11 @@ class Ranks(NamedTuple):
     local: int = 1
     rank: int | None = None
 
+    @property
+    def machines_are_several(self) -> bool:
+        """Whether some ranks are on other machines."""
+        return self.world_size > self.local
+
 
 def read_ranks(environment: Mapping[str, str]) -> Ranks:
     """The ranks that the launcher's variables tell of.
@@ -72,6 +77,31 @@ def try_port(port: int, host: str = "") -> None:
         # As torch's store does: a port that was left a moment ago is free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind((host, port))
+
+
+def address_towards(host: str) -> str:
+    """This machine's address on the way to a host, as numbers; nothing is sent.
+
+    Raises:
+        OSError: the host's name is not known, or no way leads there.
+    """
+    family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)
+        return str(probe.getsockname()[0])
+
+
+def interface_towards(host: str) -> str | None:
+    """The network interface on the way to a host ("eth0"); None where none has the address.
+
+    Raises:
+        OSError: as `address_towards`.
+    """
+    import psutil
+
+    own = address_towards(host)
+    found = psutil.net_if_addrs().items()
+    return next((name for name, entries in found if any(entry.address.partition("%")[0] == own for entry in entries)), None)
 
 
 def follow(number: signal.Signals = signal.SIGTERM) -> None:

@@ -9,11 +9,6 @@ if [ -n "${PROGSCALE_SETUP:-}" ]; then
 elif ! command -v accelerate >/dev/null && [ -x "$PROGSCALE_HOME/.venv/bin/accelerate" ]; then
   PATH=$PROGSCALE_HOME/.venv/bin:$PATH
 fi
-address_of() { sed -n "s/^$1=//p" <<<"$PROGSCALE_ADDRESSES"; }
-head=$(address_of "$PROGSCALE_HEAD")
-# torchrun would tell the others the name that this node gives itself, which not every cluster's nodes can look up.
-PET_LOCAL_ADDR=$(address_of "$SLURMD_NODENAME")
-export PET_LOCAL_ADDR
 gpus=${SLURM_GPUS_ON_NODE:-0}
 if [ "$gpus" = 0 ]; then
   # Without --gpus-per-node a node's GPUs are the job's where SLURM does not deal them out.
@@ -27,12 +22,12 @@ cores=$(nproc)
 options+=(--num_cpu_threads_per_process $((cores > ranks ? cores / ranks : 1)))
 if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
   is_host=$([ "$SLURMD_NODENAME" = "$PROGSCALE_HEAD" ] && echo 1 || echo 0)
-  options+=(--main_process_ip "$head" --main_process_port "$PROGSCALE_PORT")
+  options+=(--main_process_ip "$PROGSCALE_HEAD_ADDRESS" --main_process_port "$PROGSCALE_PORT")
   # Who keeps the store is said here: torchrun would guess it from names.
   options+=(--rdzv_backend c10d --rdzv_conf "is_host=$is_host,join_timeout=${PROGSCALE_JOIN_SECONDS:-600}")
 else
   options+=(--main_process_port 0)
 fi
-printf 'progscale: node %s (%s), ranks %s, GPUs %s, cores %s, restart %s\n' \
-  "$SLURMD_NODENAME" "$PET_LOCAL_ADDR" "$ranks" "$gpus" "$cores" "${SLURM_RESTART_COUNT:-0}"
+printf 'progscale: node %s, ranks %s, GPUs %s, cores %s, restart %s\n' \
+  "$SLURMD_NODENAME" "$ranks" "$gpus" "$cores" "${SLURM_RESTART_COUNT:-0}"
 exec "$PROGSCALE_HOME/launch/launch.sh" "${options[@]}" "$PROGSCALE_HOME/launch/train.py" "$@"

@@ -18,7 +18,7 @@ from progscale.engine import ranks
 from progscale.engine.base import Engine, EngineSettings
 from progscale.engine.local import LocalEngine
 from progscale.errors import UserError
-from progscale.launcher import keeps_store, read_ranks, try_port
+from progscale.launcher import interface_towards, keeps_store, read_ranks, try_port
 
 
 def set_up_cpu(threads: int | None = None) -> int:
@@ -69,6 +69,8 @@ def make_accelerator(*, deepspeed: Mapping[str, Any] | None, timeout_seconds: in
         # Otherwise DeepSpeed looks for every accelerator it knows, and warns that there is none.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         find_compiler()
+    if not on_gpu:
+        choose_interface()
     from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 
     plugin = None
@@ -91,6 +93,26 @@ def make_accelerator(*, deepspeed: Mapping[str, Any] | None, timeout_seconds: in
         # model as it is built, random weights included. Models are loaded and partitioned by ourselves.
         unset_hf_deepspeed_config()
     return accelerator
+
+
+def choose_interface() -> None:
+    """Has gloo meet the ranks of other machines on the network on which the head is reached.
+
+    By itself gloo takes the address that this machine's own name has, on many machines (Debian, containers) that of the loopback,
+    on which nobody else is. NCCL looks at the interfaces.
+
+    Raises:
+        UserError: no way leads to the head.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ or not read_ranks(os.environ).machines_are_several:
+        return
+    host = os.environ["MASTER_ADDR"]
+    try:
+        interface = interface_towards(host)
+    except OSError as error:
+        raise UserError(f"MASTER_ADDR: '{host}' cannot be reached from {socket.gethostname()} ({error.strerror})") from error
+    if interface is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
 
 
 def take_over_launcher_settings(deepspeed: bool) -> None:
