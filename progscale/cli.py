@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from progscale import __version__
 from progscale.config import Config, describe_schema, dump_config, load_config
 from progscale.config.schema import LANGUAGE_TASKS, SQUAD_TASKS
-from progscale.errors import ConfigError, DataError, Fault, LaunchError, ModelError, ProgscaleError, UserError
+from progscale.errors import ConfigError, DataError, Fault, LaunchError, ModelError, NetworkError, ProgscaleError, UserError
 from progscale.launcher import read_ranks
 from progscale.models.family import HeadKind
 from progscale.names import method_options, name_faults, with_options
@@ -51,12 +51,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ProgscaleError as error:
         rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
         # All ranks meet the same mistake, and one of them says it; but files may be missing on one node alone.
-        is_own = isinstance(error, LaunchError) or (local_rank == "0" and isinstance(error, DataError | ModelError))
+        is_own = isinstance(error, LaunchError) or (
+            local_rank == "0" and isinstance(error, DataError | ModelError | NetworkError)
+        )
         if rank == "0" or is_own:
             print(f"progscale: {'' if rank == '0' else f'[rank {rank}] '}{error}", file=sys.stderr)
-        elif isinstance(error, UserError):
+        elif isinstance(error, UserError | NetworkError):
             # The launcher kills the others when the first one leaves; that should not be one that has said nothing.
             time.sleep(SILENT_SECONDS)
+        if isinstance(error, NetworkError):
+            # Leaving the ordinary way would wait for what is stuck.
+            sys.stderr.flush()
+            os._exit(error.exit_code)
         return error.exit_code
     except Exception:
         if os.environ.get("WORLD_SIZE", "1") == "1":
@@ -110,6 +116,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_config_options(doctor)
     doctor.add_argument("--format", choices=["table", "json"], default="table", help="output format")
+    doctor.add_argument(
+        "--save", metavar="FILE", help="under a launcher of several ranks: write what was measured, for progscale plan --network"
+    )
     doctor.add_argument("--trust-remote-code", action="store_true", help="run Python code from the model's repository")
     doctor.set_defaults(run=run_doctor)
     merge = commands.add_parser(
@@ -316,14 +325,38 @@ def run_plan(options: argparse.Namespace) -> int:
 def run_doctor(options: argparse.Namespace) -> int:
     """The command `doctor`: one answer for each machine, 2 when there is a problem."""
     config = read_config(options)
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    try:
+        several = read_ranks(os.environ).world_size > 1
+    except LaunchError:  # one of the answers
+        several = False
+    if options.save is not None and not several:
+        raise UserError(
+            "--save: what is saved is measured by several ranks; start them with accelerate launch -m progscale doctor"
+        )
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not several and not speaks:
         return 0
     quiet_libraries()
+    from progscale.checks import Check
     from progscale.doctor import examine, render_checks
 
-    checks = examine(config, trust_remote_code=options.trust_remote_code)
-    show([check._asdict() for check in checks], lambda _: render_checks(checks), options.format)
-    return 2 if any(check.status == "problem" for check in checks) else 0
+    checks, stuck = examine(config, trust_remote_code=options.trust_remote_code) if speaks else [], False
+    if several:
+        from progscale.joining import measure_ranks
+
+        try:
+            checks += measure_ranks(config, options.save)
+        except NetworkError as error:
+            checks.append(Check("network: ranks", "problem", str(error), "mend or leave out the nodes it names"))
+            stuck = True
+    if speaks:
+        show([check._asdict() for check in checks], lambda _: render_checks(checks), options.format)
+    code = 2 if speaks and any(check.status == "problem" for check in checks) else 0
+    if stuck:
+        # Leaving the ordinary way would wait for what is stuck.
+        sys.stdout.flush()
+        os._exit(code)
+    return code
 
 
 def plan_of(config: Config, options: argparse.Namespace) -> Plan:

@@ -3,44 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import math
 import os
 import resource
-import socket
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from progscale import __version__
+from progscale.checks import Check, Status, size, told
 from progscale.config import Config, micro_batch_size
 from progscale.errors import UserError
-from progscale.launcher import Ranks, read_ranks, try_port
+from progscale.launcher import Ranks, read_ranks
 from progscale.memory import machine_memory, read
+from progscale.network import infiniband, interface_checks, interfaces, network_checks, setting_checks, signal_check
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-Status = Literal["ok", "note", "problem"]
 # Each has a line of its own; of the other requirements only those that are not met have one.
 SHOWN = ("python", "torch", "accelerate", "deepspeed", "transformers", "datasets", "safetensors")
 FILE_SYSTEMS = {"tmpfs": "lost at reboot", "overlay": "lost with its container"}
 FILE_SYSTEMS |= dict.fromkeys(("nfs", "nfs4", "lustre", "cifs", "ceph", "beegfs", "gpfs"), "a save goes over the network")
-SIGNALS = "export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-TIMEOUT = "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600"
-
-
-class Check(NamedTuple):
-    """One thing that was looked at; `name` is "section: what", and every problem has a remedy."""
-
-    name: str
-    status: Status
-    found: str
-    remedy: str = ""
 
 
 class Gpu(NamedTuple):
@@ -100,24 +88,16 @@ def examine(config: Config, *, trust_remote_code: bool = False) -> list[Check]:
     checks += [check, *(memory_checks(config, elements, ranks, gpus, memory[1]) if elements.total else [])]
     folder, limit = existing(config.run.output_dir), resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     checks += disk_checks(config, elements, folder, disk_bytes(folder)[1], read("/proc/mounts"), limit)
-    checks += [*network_checks(os.environ, ranks), signal_check(os.environ, ranks)]
+    checks += [*network_checks(os.environ, ranks), *interface_checks(os.environ, ranks, interfaces(), on_gpu=bool(gpus))]
+    locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    shared = disk_bytes("/dev/shm")[0]
+    checks += setting_checks(os.environ, ranks, infiniband(), on_gpu=bool(gpus), locked=locked, shared_memory=shared)
+    checks.append(signal_check(os.environ, ranks))
     for what, where in (("PROGSCALE_CACHE", cache_dir()), ("HF_HOME", HF_HOME)):
         # Without it a run warns and goes on.
         checks.append(writable(f"cache: {what}", existing(where), f"set {what} to a folder of yours", "note"))
     found = "set: what is not in the cache is not fetched" if HF_HUB_OFFLINE else "not set"
     return [*checks, Check("cache: HF_HUB_OFFLINE", "note" if HF_HUB_OFFLINE else "ok", found)]
-
-
-def told(name: str, found: str, check: Callable[..., Any], *args: Any, remedy: str = "", status: Status = "problem") -> Check:
-    """`found`, perhaps "THING is {}" to be filled by what `check` returns; if it refuses, its message, with `status`."""
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # JSON goes there
-            return Check(name, "ok", found.replace("{}", str(check(*args))))
-    except (UserError, OSError, ImportError, ValueError, OverflowError) as error:
-        thing, filled, _ = found.partition(" is {}")
-        reason = f"{thing}: {error.strerror}" if filled and isinstance(error, OSError) else str(error)
-        message, _, own = reason.partition("; ")
-        return Check(name, status, message, remedy or own or "change what it names")
 
 
 def version_checks(needed: Sequence[str], python: str, find: Callable[[str], str] = version) -> list[Check]:
@@ -196,7 +176,8 @@ def run_checks(config: Config, ranks: Ranks, *, on_gpu: bool) -> list[Check]:
     from progscale.engine.deepspeed import check_release
     from progscale.engine.launch import check_precision, find_compiler
     from progscale.estimate import zero
-    from progscale.setup import check_engine, optimizer_of
+    from progscale.joining import check_engine
+    from progscale.setup import optimizer_of
 
     train, count, (stage, offloaded, _) = config.train, ranks.world_size, zero(config)
     name = f"zero{stage}{'-offload' if offloaded else ''}" if stage else "ddp" if count > 1 else "plain"
@@ -306,46 +287,6 @@ def disk_checks(config: Config, elements: Elements, folder: Path, free: int, mou
     return [*checks, Check("checkpoints: size of a file", "problem" if remedy else "ok", found, remedy)]
 
 
-def network_checks(environment: Mapping[str, str], ranks: Ranks) -> list[Check]:
-    """Whether the names resolve, and rank 0 can have the port; torchrun's own store holds it already."""
-    own, host = socket.gethostname(), environment.get("MASTER_ADDR", "127.0.0.1")
-    port = environment.get("MASTER_PORT", "")
-
-    def address(name: str) -> str:
-        return str(socket.getaddrinfo(name, None)[0][4][0])
-
-    def bind() -> str:
-        if port:
-            try_port(int(port))
-        else:
-            try_port(0, "127.0.0.1")
-        return "free"
-
-    # One process needs no name of its own.
-    status: Status = "problem" if ranks.world_size > 1 else "note"
-    checks = [told("network: host name", f"{own} is {{}}", address, own, remedy="put it into /etc/hosts", status=status)]
-    checks.append(told("network: main address", f"{host} is {{}}", address, host, remedy="correct MASTER_ADDR"))
-    if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        checks.append(Check("network: port", "ok", f"{port}, held by the launcher"))
-    elif not ranks.rank:
-        checks.append(told("network: port", f"{port or 'some port'} is {{}}", bind, remedy="another MASTER_PORT"))
-    return checks
-
-
-def signal_check(environment: Mapping[str, str], ranks: Ranks) -> Check:
-    """Whether the launcher hands SIGUSR1 on and gives a save time; torchrun tells its ranks which signals it handles."""
-    handled = environment.get("TORCHELASTIC_SIGNALS_TO_HANDLE", environment.get("PET_SIGNALS_TO_HANDLE", ""))
-    waits = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "PET_SHUTDOWN_TIMEOUT"} & set(environment)
-    lines = [] if "SIGUSR1" in handled.replace(" ", "").split(",") else [("SIGUSR1 kills the launcher", SIGNALS)]
-    lines += [] if waits else [("a save is cut off after 30 s", TIMEOUT)]
-    if "TORCHELASTIC_RUN_ID" not in environment or ranks.world_size == 1:
-        return Check("signals", "note", "no launcher of several ranks", f"launch/launch.sh sets these:\n{SIGNALS}\n{TIMEOUT}")
-    if not lines:
-        return Check("signals", "ok", "the launcher hands SIGUSR1 on and waits for a save")
-    whys, exports = zip(*lines, strict=True)
-    return Check("signals", "note", "; ".join(whys), "\n".join(["before it is started:", *exports]))
-
-
 def writable(name: str, folder: Path, remedy: str, status: Status = "problem") -> Check:
     """Whether a file can be made in a folder; it gets no name, so that not even a kill leaves it behind."""
 
@@ -371,12 +312,6 @@ def disk_bytes(folder: str | Path) -> tuple[int, int]:
     except OSError:
         return 0, 0
     return found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
-
-
-def size(count: int) -> str:
-    """Bytes for people: "1.5 GiB"."""
-    unit, scale = next(((u, s) for u, s in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)) if count >= s), ("KiB", 2**10))
-    return f"{count / scale:.1f} {unit}"
 
 
 def render_checks(checks: Sequence[Check]) -> RenderableType:

@@ -56,6 +56,10 @@ class LaunchError(UserError):
     """What the launcher tells this process of its rank cannot be; other ranks may have been told something else."""
 
 
+class NetworkError(ProgscaleError):
+    """Nodes are missing, or cannot reach each other; nothing has begun."""
+
+
 class WriteError(ProgscaleError):
     """A file of the run could not be written; what was there is untouched."""
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
 import math
-from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +16,17 @@ from progscale.cache import check_cache, make_feed, nodes_of
 from progscale.checkpoint.saver import Saver
 from progscale.checkpoint.store import Store
 from progscale.compiling import Compiler, check_backend
-from progscale.config import Config, dump_config, micro_batch_size
+from progscale.config import Config, micro_batch_size
 from progscale.data import TrainLoader, pad_values
 from progscale.engine import ranks
 from progscale.engine.base import Engine, EngineSettings
-from progscale.engine.deepspeed import check_release
-from progscale.engine.launch import check_precision, create_engine, make_accelerator, set_up_cpu
+from progscale.engine.launch import create_engine, set_up_cpu
 from progscale.engine.loading import load_module, untied, whole_for_peft
-from progscale.errors import ConfigError, Fault, ModelError
+from progscale.errors import ConfigError, ModelError
 from progscale.export import BASE, describe
 from progscale.folder import check_unfinished, open_folder, restore_replaced, resume_line, unfinished
 from progscale.inputs import NO_PERMISSIONS, Inputs, Permissions, find_inputs
+from progscale.joining import check_same_input, join_ranks, measure_network
 from progscale.layers import seeded
 from progscale.learning_rate import LearningRate
 from progscale.meters import MemoryMeter
@@ -51,8 +48,6 @@ from progscale.signals import Signals
 from progscale.tasks.base import Tokenized
 from progscale.trackers import RunConsole
 
-# How much longer a collective waits than the watch.
-WATCH_FIRST_SECONDS = 30
 # The dtype of the parameters themselves, where it is not float32; autocast needs none.
 PARAMETER_DTYPES = {"bf16_params": torch.bfloat16, "fp16": torch.float16}
 
@@ -98,6 +93,8 @@ def prepare(
     notice = optimizer_of(config).check(torch.device(accelerator.device))
     if notice is not None:
         console.show(notice)
+    nodes = nodes_of(accelerator)
+    network = measure_network(config, accelerator, nodes, console)
     run_folder = Path(config.run.output_dir) / config.run_name
     if resume in POLICIES and not dry_run:
         ranks.on_main(lambda: check_unfinished(config, run_folder))
@@ -116,7 +113,6 @@ def prepare(
     padding = pad_values(found.tokenizer, model_config)
     min_tokens = 1 if family.min_tokens is None else family.min_tokens(model_config)
     loader = make_loader(config, splits["train"], padding, accelerator, min_tokens)
-    nodes = nodes_of(accelerator)
     if config.frozen_mode == "eval":
         # With a cache and without one: it may come and go.
         loader.nodes = nodes.count
@@ -146,6 +142,7 @@ def prepare(
         return plan
 
     identity = identity_of(config, parts, stages, splits, steps_per_epoch=loader.steps_per_epoch)
+    check_same_input(identity)
     resumed = None
     if resume != "never":
         ranks.on_main(lambda: restore_replaced(run_folder))
@@ -158,6 +155,8 @@ def prepare(
     module = load_base(config, found)
     folder = ranks.on_main(lambda: open_folder(config, plan, run_folder, resumed, store))
     try:
+        if folder is not None and network is not None:
+            folder.record("network", **network.to_json())
         if folder is not None and folder.moved is not None:
             console.show(f"the run that lay in {folder.path} is now in {folder.moved}{unfinished(folder.moved)}")
         # A run that goes on in its folder has them there, and another machine may draw others.
@@ -206,29 +205,6 @@ def prepare(
         nodes=nodes,
         compiler=None if config.train.compile == "off" else Compiler(engine, family, config.train.compile),
     )
-
-
-def join_ranks(config: Config, options: Mapping[str, Any]) -> Any:
-    """The Accelerator of this run, once all ranks are there and want the same.
-
-    Args:
-        config: of this rank.
-        options: of its command line, beside the config.
-
-    Raises:
-        UserError: ranks, device or precision do not fit the config, or the ranks' configs differ.
-    """
-    deepspeed = config.engine.deepspeed
-    # The watch says which rank hangs; a collective that gives up first knows only that one does.
-    accelerator = make_accelerator(deepspeed=deepspeed, timeout_seconds=config.engine.timeout_seconds + WATCH_FIRST_SECONDS)
-    check_precision(config.train.precision, torch.device(accelerator.device), deepspeed is not None)
-    check_same_on_all_ranks(config, options)
-    check_engine(config, int(accelerator.num_processes))
-    micro_batch_size(config, int(accelerator.num_processes))
-    if deepspeed is not None:
-        zero_stage, on_cpu = int(deepspeed["zero_optimization"]["stage"]), torch.device(accelerator.device).type == "cpu"
-        check_release(version("deepspeed"), zero_stage, on_cpu=on_cpu, checkpointing=config.train.gradient_checkpointing)
-    return accelerator
 
 
 def make_loader(config: Config, split: Tokenized, padding: dict[str, int], accelerator: Any, min_tokens: int = 1) -> TrainLoader:
@@ -393,37 +369,6 @@ def learning_rate_of(config: Config, stages: tuple[Stage, ...], total_steps: int
         restart_each_stage=optimizer.restart_each_stage,
         stages=stages,
     )
-
-
-def check_engine(config: Config, world_size: int) -> None:
-    """Refuses an engine that the number of processes contradicts.
-
-    Raises:
-        ConfigError: `plain` on several processes. (`ddp` on one process is plain training, as everywhere.)
-    """
-    if config.engine.name == "plain" and world_size > 1:
-        raise ConfigError(Fault("engine.name", f"'plain' is one process, but {world_size} were started; take 'ddp' or 'auto'"))
-
-
-def check_same_on_all_ranks(config: Config, options: Mapping[str, Any] | None = None) -> None:
-    """Refuses a run whose processes were started with different configs, options or versions of progscale.
-
-    Raises:
-        ConfigError: naming the ranks that differ from rank 0.
-    """
-    hashes = ranks.gather_objects((json.dumps(dump_config(config), sort_keys=True), code_hash(), json.dumps(options)))
-    for index, what in enumerate(("config", "code of progscale", "command line (--resume and what it allows)")):
-        differ = [rank for rank, entry in enumerate(hashes) if entry[index] != hashes[0][index]]
-        if differ:
-            raise ConfigError(f"the {what} on rank {', '.join(map(str, differ))} is not that of rank 0; start all alike")
-
-
-def code_hash() -> str:
-    """A hash of the package's sources."""
-    import hashlib
-
-    sources = sorted(Path(__file__).parent.rglob("*.py"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
 def enable_checkpointing(module: Any) -> None:

@@ -9,7 +9,6 @@ is off), and then answers no call and heeds no time-out: a second thread talks t
 from __future__ import annotations
 
 import contextlib
-import datetime
 import faulthandler
 import functools
 import json
@@ -23,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch.distributed as dist
+from progscale.engine.ranks import connect_store
 
 T = TypeVar("T")
 
@@ -290,13 +289,4 @@ def process_state(process: int) -> str:
 
 
 def _connect(timeout_seconds: float) -> Any:
-    """A connection of its own to the store that the launcher or rank 0 keeps: the process group's is not for two threads."""
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=False,
-        wait_for_workers=False,
-        timeout=datetime.timedelta(seconds=min(STORE_SECONDS, timeout_seconds)),
-    )
-    run = f"{os.environ.get('TORCHELASTIC_RUN_ID', 'none')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    return dist.PrefixStore(f"progscale/watch/{run}", store)
+    return connect_store("progscale/watch", min(STORE_SECONDS, timeout_seconds))

@@ -322,6 +322,9 @@ class Engine(Section):
         description='DeepSpeed keys that differ by stage, e.g. {"1": {"zero_optimization": {"stage": 1}}}; "2-4", "3-": several',
     )
     timeout_seconds: Count = Field(default=600, description="give up when a rank is silent for so long")
+    preflight: Literal["auto", "off"] = Field(
+        default="auto", description="auto: on several machines see before the run who has come, who reaches whom, and how fast"
+    )
 
 
 class Cache(Section):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -73,6 +75,24 @@ def on_main(action: Callable[[], T]) -> T | None:
         What `action` gave, on rank 0; None elsewhere.
     """
     return on_all(lambda: action() if is_main() else None)
+
+
+def connect_store(prefix: str, timeout_seconds: float) -> Any:
+    """A connection of its own to the store that the launcher or rank 0 keeps: the process group's is not for two threads.
+
+    Args:
+        prefix: of the keys; those of another start of the same launch are never seen.
+        timeout_seconds: of each call.
+    """
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        wait_for_workers=False,
+        timeout=datetime.timedelta(seconds=timeout_seconds),
+    )
+    run = f"{os.environ.get('TORCHELASTIC_RUN_ID', 'none')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    return dist.PrefixStore(f"{prefix}/{run}", store)
 
 
 def barrier() -> None:

@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tests.harness.forks import LAUNCHER
@@ -18,7 +18,7 @@ from tests.harness.forks import LAUNCHER
 
 def why_not() -> str:
     """Why no hosts can be made here; empty where they can."""
-    missing = [name for name in ("ip", "unshare") if shutil.which(name) is None]
+    missing = [name for name in ("ip", "tc", "unshare") if shutil.which(name) is None]
     if missing:
         return f"{', '.join(missing)} not found (Debian: apt-get install iproute2 util-linux)"
     if os.geteuid() != 0:
@@ -35,7 +35,6 @@ class Hosts:
 
     Args:
         count: how many.
-        delay_milliseconds: by host (0-based), by which each packet it sends is held up.
     """
 
     def __init__(self, count: int = 2) -> None:
@@ -72,6 +71,26 @@ class Hosts:
             with contextlib.suppress(subprocess.CalledProcessError):
                 ip("netns", "del", name)
 
+    @contextlib.contextmanager
+    def slow(self, index: int, rate: str) -> Iterator[None]:
+        """Within, a host sends no faster ("20mbit")."""
+        shaper = ("root", "tbf", "rate", rate, "burst", "64kbit", "latency", "400ms")
+        run("tc", "-n", self.names[index], "qdisc", "add", "dev", "eth7", *shaper)
+        try:
+            yield
+        finally:
+            run("tc", "-n", self.names[index], "qdisc", "del", "dev", "eth7", "root")
+
+    @contextlib.contextmanager
+    def cut(self, index: int, other: int) -> Iterator[None]:
+        """Within, what a host sends to another one is lost without a word, as behind a firewall."""
+        nobody = ("lladdr", "02:00:00:00:00:99", "nud", "permanent")
+        ip("-n", self.names[index], "neigh", "replace", self.addresses[other], "dev", "eth7", *nobody)
+        try:
+            yield
+        finally:
+            ip("-n", self.names[index], "neigh", "del", self.addresses[other], "dev", "eth7")
+
     def start(
         self, index: int, command: Sequence[str], *, folder: Path, log: Path, environment: Mapping[str, str]
     ) -> subprocess.Popen[bytes]:
@@ -93,4 +112,9 @@ class Hosts:
 
 def ip(*arguments: str) -> None:
     """`ip …`."""
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, timeout=30)
+    run("ip", *arguments)
+
+
+def run(*command: str) -> None:
+    """A command that must succeed."""
+    subprocess.run(command, check=True, capture_output=True, timeout=30)

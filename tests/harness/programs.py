@@ -81,7 +81,7 @@ def start_process_group() -> None:
 
 def same_config_on_all_ranks(seeds: Sequence[int]) -> str:
     """What a rank says when rank r was started with the r-th of these seeds; runs in each rank."""
-    from progscale.setup import check_same_on_all_ranks
+    from progscale.joining import check_same_on_all_ranks
 
     start_process_group()
     try:

@@ -17,7 +17,7 @@ from transformers import AutoConfig
 
 from progscale.config import load_config, micro_batch_size
 from progscale.errors import ConfigError
-from progscale.setup import check_same_on_all_ranks
+from progscale.joining import check_same_on_all_ranks
 from progscale.tasks.files import Table
 from progscale.trackers import RunFolder
 from tests.harness.programs import REPOSITORY, Answer, in_process, settings

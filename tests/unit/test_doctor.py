@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
@@ -387,83 +386,6 @@ def test_trying_a_folder_leaves_nothing(tmp_path: Path) -> None:
     assert folder == tmp_path
     assert disk(folder)["folder"] == Check("checkpoints: folder", "ok", f"{tmp_path} is writable")
     assert list(tmp_path.iterdir()) == []
-
-
-# -- network and signals ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def taken() -> Iterator[str]:
-    """A port that somebody listens on."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        server.listen()
-        yield str(server.getsockname()[1])
-
-
-def network(port: str | None, ranks: Ranks, **changes: str) -> dict[str, Check]:
-    environment = {**({} if port is None else {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}), **changes}
-    return named(doctor.network_checks(environment, ranks))
-
-
-def test_a_port_in_use(taken: str) -> None:
-    busy = network(taken, Ranks(2, 2, 0))["port"]
-    assert busy == Check("network: port", "problem", f"{taken}: Address already in use", "another MASTER_PORT")
-    assert "port" not in network(taken, Ranks(2, 1, 1)), "the port is rank 0's"
-    held = network(taken, Ranks(2, 2, 0), TORCHELASTIC_USE_AGENT_STORE="True")["port"]
-    assert (held.status, held.found) == ("ok", f"{taken}, held by the launcher")
-    assert network(taken, Ranks(2, 2, 0), TORCHELASTIC_USE_AGENT_STORE="False")["port"].status == "problem"
-
-
-def test_a_port_that_is_free(taken: str) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        free = str(probe.getsockname()[1])
-    assert network(free, Ranks(2, 2, 0))["port"] == Check("network: port", "ok", f"{free} is free")
-    assert network(None, Ranks())["port"] == Check("network: port", "ok", "some port is free")
-
-
-@pytest.mark.parametrize("port", ["http", "70000"])
-def test_what_is_no_port(port: str) -> None:
-    assert network(port, Ranks(2, 2, 0))["port"].status == "problem"
-
-
-def test_names_that_mean_no_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = network("0", Ranks(2, 2, 0), MASTER_ADDR="::::")["main address"]
-    assert found.status == "problem" and found.found.startswith("::::: ") and "MASTER_ADDR" in found.remedy
-    assert network("0", Ranks(2, 2, 0))["main address"].found == "127.0.0.1 is 127.0.0.1"
-    monkeypatch.setattr(socket, "gethostname", lambda: "::::")
-    assert network(None, Ranks(2, 2, 0))["host name"].status == "problem"
-    assert network(None, Ranks())["host name"].status == "note", "one process needs no name"
-
-
-@pytest.mark.parametrize(
-    ("changes", "missing"),
-    [
-        ({}, (doctor.SIGNALS, doctor.TIMEOUT)),
-        ({"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGUSR1"}, (doctor.TIMEOUT,)),
-        ({"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGUSR10"}, (doctor.SIGNALS, doctor.TIMEOUT)),
-        ({"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"}, (doctor.SIGNALS,)),
-        # What torchrun tells its ranks is what it does, wherever it had it from.
-        ({"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM, SIGUSR1", "PET_SHUTDOWN_TIMEOUT": "600"}, ()),
-        (
-            {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM", "PET_SIGNALS_TO_HANDLE": "SIGUSR1", "PET_SHUTDOWN_TIMEOUT": "9"},
-            (doctor.SIGNALS,),
-        ),
-    ],
-)
-def test_a_launcher_that_would_not_hand_signals_on(changes: dict[str, str], missing: tuple[str, ...]) -> None:
-    check = doctor.signal_check({**LAUNCHED, **changes}, Ranks(4, 2, 0))
-    assert check.status == ("note" if missing else "ok")
-    assert tuple(check.remedy.splitlines()[1:]) == missing
-    assert ("SIGUSR1 kills the launcher" in check.found) == (doctor.SIGNALS in missing)
-
-
-@pytest.mark.parametrize(("environment", "ranks"), [({}, Ranks()), ({}, Ranks(4, 2, 0)), (LAUNCHED, Ranks(1, 1, 0))])
-def test_without_a_launcher_of_several_ranks_the_variables_are_named(environment: dict[str, str], ranks: Ranks) -> None:
-    check = doctor.signal_check(environment, ranks)
-    assert check.status == "note"
-    assert check.remedy.splitlines() == ["launch/launch.sh sets these:", doctor.SIGNALS, doctor.TIMEOUT]
 
 
 # -- what is shown ----------------------------------------------------------------------------------------------------
