@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from progscale import __version__
-from progscale.config import Config, describe_schema, dump_config, load_config
+from progscale.config import Config, describe_schema, dump_config, load_config, micro_batch_size
 from progscale.config.schema import LANGUAGE_TASKS, SQUAD_TASKS
+from progscale.cost.cluster import GPUS
 from progscale.errors import ConfigError, DataError, Fault, LaunchError, ModelError, NetworkError, ProgscaleError, UserError
 from progscale.launcher import read_ranks
 from progscale.models.family import HeadKind
@@ -241,6 +242,22 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
         "--num-labels", type=int, metavar="N", help="outputs of a classification head; default: the task's, else 2"
     )
     parser.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks, for bytes of each; default: 1")
+    scale = parser.add_argument_group("on a cluster", "memory, traffic and time of each stage there, reckoned from bandwidths")
+    scale.add_argument("--nodes", type=int, metavar="N", help="nodes of the cluster")
+    scale.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs of each; default: 8")
+    scale.add_argument("--gpu", default="a100-80gb", metavar="NAME", help=f"{', '.join(GPUS)}; default: a100-80gb")
+    scale.add_argument(
+        "--between-gbits", type=float, default=200.0, metavar="X", help="network of a node, in Gbit/s, all cards; default: 200"
+    )
+    scale.add_argument(
+        "--efficiency",
+        type=float,
+        default=0.4,
+        metavar="X",
+        help="share of a GPU's operations that training has; default: 0.4",
+    )
+    scale.add_argument("--latency-us", type=float, default=20.0, metavar="X", help="of a message between nodes; default: 20")
+    scale.add_argument("--network", metavar="FILE", help="measured figures instead: what progscale doctor --save wrote")
     parser.add_argument("--paper", action="store_true", help="the paper's figures beside those computed from real architectures")
     parser.add_argument("--format", choices=["table", "json"], default="table", help="output format")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code from the model's repository")
@@ -315,11 +332,42 @@ def run_plan(options: argparse.Namespace) -> int:
 
     if options.world_size < 1:
         raise ConfigError(f"--world-size: {options.world_size} is no number of ranks, from 1")
+    if options.nodes is not None:
+        return run_scale(config, options)
     plan = plan_of(config, options)
     costs = stage_costs(plan, config, options.world_size, optimizer_of(config).state_bytes_per_element)
     content = {**plan.to_json(), "world_size": options.world_size, "costs": [cost.to_json() for cost in costs]}
     tables = Group(render_plan(plan), "", render_costs(plan, costs, config, options.world_size))
     return show(content, lambda _: tables, options.format)
+
+
+def run_scale(config: Config, options: argparse.Namespace) -> int:
+    """The command `plan` with `--nodes`."""
+    from rich.console import Group
+
+    from progscale.plan import render_plan
+    from progscale.scale import make_cluster, render_scale, scale_plan, with_rows
+    from progscale.setup import optimizer_of
+
+    cluster = make_cluster(
+        config,
+        nodes=options.nodes,
+        gpus=options.gpus_per_node,
+        gpu=options.gpu,
+        between_gbits=options.between_gbits,
+        efficiency=options.efficiency,
+        latency_microseconds=options.latency_us,
+        network=options.network,
+    )
+    if options.world_size not in (1, cluster.world_size):
+        raise ConfigError(f"--world-size: {options.world_size}, but --nodes and --gpus-per-node make {cluster.world_size}")
+    config = with_rows(config, cluster.world_size)
+    micro_batch_size(config, cluster.world_size)
+    plan = plan_of(config, options)
+    scale = scale_plan(plan, config, cluster, optimizer_of(config).state_bytes_per_element)
+    content = {**plan.to_json(), "world_size": cluster.world_size, "scale": scale.to_json()}
+    content["costs"] = [stage.cost.to_json() for stage in scale.stages]
+    return show(content, lambda _: Group(render_plan(plan), "", render_scale(scale, options.gpu)), options.format)
 
 
 def run_doctor(options: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from progscale.config import Config, micro_batch_size
-from progscale.cost import Flops, StateBytes, state_bytes
+from progscale.cost import Flops, StateBytes, Traffic, state_bytes
 from progscale.plan import Plan, PlanStage, compute_share
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class StageCost:
         flops: of an optimizer step over all ranks, every row as long as the longest.
         rank: bytes of state on a rank.
         activation_bytes: that one micro-batch keeps for its backward pass; None where that is not known.
-        communicated_bytes: that a rank hands to collectives in a step.
+        traffic: bytes that a rank hands to collectives in a step.
         time_share: predicted time of a step as a share of plain fine-tuning's, by `flops`.
     """
 
@@ -47,8 +47,13 @@ class StageCost:
     flops: Flops
     rank: RankState
     activation_bytes: int | None
-    communicated_bytes: int
+    traffic: Traffic
     time_share: float
+
+    @property
+    def communicated_bytes(self) -> int:
+        """That a rank hands to collectives in a step, of all kinds."""
+        return self.traffic.total
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -103,7 +108,7 @@ def rank_state(config: Config, total: int, live: int, four_bit: int, world_size:
     return RankState(state, host)
 
 
-def communicated_bytes(config: Config, *, live: int, gathered: int, whole: int, world_size: int, micro_batches: int) -> int:
+def traffic_of(config: Config, *, live: int, gathered: int, whole: int, world_size: int, micro_batches: int) -> Traffic:
     """Bytes that a rank hands to collectives in a step: gradients of what is live, and weights that others hold.
 
     Args:
@@ -115,18 +120,27 @@ def communicated_bytes(config: Config, *, live: int, gathered: int, whole: int, 
         micro_batches: of a rank in a step.
     """
     if world_size == 1:
-        return 0
+        return Traffic()
     stage, _, half = zero(config)
     width = 2 if half else 4
     if stage == 0:
-        return 4 * live
-    # ZeRO 1 reduces what has been summed up; with partitioned gradients each micro-batch's are reduced at once.
+        return Traffic(all_reduce=4 * live)
+    # ZeRO 1 reduces what has been summed up; with partitioned gradients each micro-batch's are reduced at once. ZeRO 2 could
+    # scatter them; DeepSpeed reduces them everywhere and keeps its part (0.19.8, `use_multi_rank_bucket_allreduce`).
     reduced = width * live * (1 if stage == 1 else micro_batches)
-    return reduced + width * (gathered * micro_batches + whole if stage == 3 else live)
+    if stage == 3:
+        return Traffic(reduce_scatter=reduced, all_gather=width * (gathered * micro_batches + whole))
+    return Traffic(all_reduce=reduced, all_gather=width * live)
 
 
 def stage_costs(
-    plan: Plan, config: Config, world_size: int, moment_bytes: float, *, on_gpu: bool | None = None
+    plan: Plan,
+    config: Config,
+    world_size: int,
+    moment_bytes: float,
+    *,
+    on_gpu: bool | None = None,
+    activations_too: bool = True,
 ) -> tuple[StageCost, ...]:
     """What each stage of a plan costs.
 
@@ -136,6 +150,7 @@ def stage_costs(
         world_size: ranks.
         moment_bytes: that the optimizer keeps for an element, without the weights.
         on_gpu: activations are those of a GPU; None asks whether this machine has one.
+        activations_too: count them, which takes seconds for a large model.
 
     Raises:
         ConfigError: the ranks cannot share the global batch.
@@ -159,8 +174,8 @@ def stage_costs(
                 rank_state(
                     staged, plan.total_parameters, stage.trainable_parameters, plan.four_bit_parameters, world_size, moment_bytes
                 ),
-                activations(plan, stage, config, rows=micro, on_gpu=on_gpu),
-                communicated_bytes(
+                activations(plan, stage, config, rows=micro, on_gpu=on_gpu) if activations_too else None,
+                traffic_of(
                     staged,
                     live=stage.trainable_parameters,
                     gathered=gathered,

@@ -49,6 +49,7 @@ class Network:
         within_bytes_per_second: the same over the ranks of one node, the slowest; None where it has one.
         latency_seconds: of the smallest all-reduce.
         flops_per_second: of a rank's matrix product, by node its slowest rank's.
+        flops_of: the numbers that were multiplied, "bf16" or "fp32".
         bytes: of the tensor that was reduced.
     """
 
@@ -59,6 +60,7 @@ class Network:
     within_bytes_per_second: float | None
     latency_seconds: float
     flops_per_second: tuple[float, ...]
+    flops_of: str
     bytes: int
 
     def to_json(self) -> dict[str, Any]:

@@ -169,7 +169,7 @@ def test_limits_that_keep_nccl_from_working() -> None:
 def measured(links: list[tuple[int, int, float]], flops: list[float]) -> list[str]:
     """What is said to be slow among nodes a, b, c, d."""
     nodes = tuple("abcd"[: len(flops)])
-    found = measured_checks(Network(nodes, 8, tuple(links), 1e9, 4e9, 2e-5, tuple(flops), 2**26), 0.5)
+    found = measured_checks(Network(nodes, 8, tuple(links), 1e9, 4e9, 2e-5, tuple(flops), "bf16", 2**26), 0.5)
     assert found[0] == Check("network: measured", "ok", found[0].found)
     return [check.found for check in found[1:]]
 
