@@ -40,3 +40,11 @@ def three_ranks() -> Iterator[TwoRanks]:
     ranks = TwoRanks(ranks=3)
     yield ranks
     ranks.close()
+
+
+@pytest.fixture(scope="module")
+def four_ranks() -> Iterator[TwoRanks]:
+    """Four, for the tests of one file: they crowd a small machine."""
+    ranks = TwoRanks(ranks=4)
+    yield ranks
+    ranks.close()

@@ -57,3 +57,25 @@ def test_a_method_that_trains_little_sends_little(two_ranks: TwoRanks, engine: s
 def test_half_precision(two_ranks: TwoRanks, engine: str) -> None:
     for found in measured(two_ranks, engine, precision="bf16_params")[0]:
         check(found, engine)
+
+
+# The rest is in the long list, and on the wire in tests/cluster/test_traffic.py.
+LONG = [pytest.param(engine, marks=pytest.mark.product) for engine in ("ddp", "zero1", "zero2")]
+
+
+@pytest.mark.parametrize("engine", [*LONG, "zero3"])
+def test_three_ranks(three_ranks: TwoRanks, engine: str) -> None:
+    """Parts of a size that three do not divide: ZeRO-3 fills each parameter up, which a plan does not count."""
+    padding = {"zero3": 2 * 105 * 2 * 4 * 3}.get(engine, 0)
+    for rank in three_ranks.run("tests.harness.costs:run", engine=engine, rows=24):
+        for found in rank:
+            sent = found.planned.communicated_bytes
+            assert sent <= found.communicated <= sent + padding + (BUFFERS if engine == "ddp" else TALK)
+
+
+@pytest.mark.parametrize("engine", [*LONG, "zero3"])
+def test_four_ranks(four_ranks: TwoRanks, engine: str) -> None:
+    for rank in four_ranks.run("tests.harness.costs:run", engine=engine, rows=24):
+        for found in rank:
+            sent = found.planned.communicated_bytes
+            assert sent <= found.communicated <= sent + (BUFFERS if engine == "ddp" else TALK)

@@ -30,18 +30,24 @@ class Measured:
     planned: StageCost
 
 
-def run(engine: str, method: str = "full", embeddings: str = "first_stage", precision: str = "fp32") -> list[Measured]:
+def config_of(engine: str, rows: int, micro: int, precision: str = "fp32") -> Config:
+    """As a run of these tests would have it."""
+    return Config(
+        train=Train(global_batch_size=rows, micro_batch_size=micro, max_length=12, precision=precision),  # type: ignore[arg-type]
+        engine=Engine(deepspeed=deepspeed_of(engine)),
+    )
+
+
+def run(
+    engine: str, method: str = "full", embeddings: str = "first_stage", precision: str = "fp32", rows: int = ROWS
+) -> list[Measured]:
     """Takes two steps in each of three stages."""
     trained = method_for("bert", method)
     module = trained.prepare(tiny_model("bert", blocks=BLOCKS, hidden_size=32, intermediate_size=64)).train()
     made = make_engine(module, engine, precision=precision, counts_traffic=True)
     parts, builds = builds_of(module, "progtuning", embeddings, 3, 6, {}, trained)
     plan = make_plan(parts, [build.stage for build in builds], trained, 2, width=hidden_size(module))
-    deepspeed = deepspeed_of(engine)
-    config = Config(
-        train=Train(global_batch_size=ROWS, micro_batch_size=MICRO, max_length=12, precision=precision),  # type: ignore[arg-type]
-        engine=Engine(deepspeed=deepspeed),
-    )
+    config = config_of(engine, rows, MICRO, precision)
     costs = stage_costs(plan, config, made.world_size, made.settings.optimizer.state_bytes_per_element)
     found = []
     for build, cost in zip(builds, costs, strict=True):
@@ -57,7 +63,7 @@ def run(engine: str, method: str = "full", embeddings: str = "first_stage", prec
         made._apply = functools.partial(look, apply)  # type: ignore[method-assign]
         made._backward = functools.partial(look, backward)  # type: ignore[method-assign]
         for step in range(build.stage.start_step, build.stage.end_step):
-            made.train_step(share(step, ROWS, 101, made.rank, made.world_size, MICRO), ROWS, row_loss, 1e-3)
+            made.train_step(share(step, rows, 101, made.rank, made.world_size, MICRO), rows, row_loss, 1e-3)
         made._apply, made._backward = apply, backward  # type: ignore[method-assign]
         assert made.traffic is not None
         found.append(Measured(weight_bytes(made), held[0], made.optimizer_state_bytes(), made.traffic, cost))
