@@ -9,11 +9,12 @@ from pathlib import Path
 from progscale.checkpoint.store import Store
 from progscale.config import Config, config_hash, decisive_values, dump_config
 from progscale.errors import ConfigError, Fault, FinishedError, printable
+from progscale.owner import hold
 from progscale.plan import Plan
 from progscale.resume import FOLDER as CHECKPOINTS
 from progscale.resume import Resumed, same_value
 from progscale.signals import PREEMPTED
-from progscale.trackers import RunFolder, lock, unlock
+from progscale.trackers import RunFolder
 
 
 def open_folder(config: Config, plan: Plan, path: Path, resumed: Resumed | None, store: Store) -> RunFolder:
@@ -54,11 +55,11 @@ def restore_replaced(path: Path) -> None:
     """
     store = Store(path / CHECKPOINTS)
     if store.replaced():
-        held = lock(path)
+        held = hold(path)
         try:
             store.restore()
         finally:
-            unlock(held)
+            held.release()
 
 
 def check_outside(path: Path, checkpoint: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import os
 import re
 import signal
@@ -159,3 +161,23 @@ def is_rank_of(entry: Path, launcher: int) -> bool:
         return is_child and any(line.startswith(b"LOCAL_RANK=") for line in (entry / "environ").read_bytes().split(b"\0"))
     except OSError:  # it ended meanwhile
         return False
+
+
+@functools.cache
+def machine() -> str:
+    """This machine, as far as process numbers go: two may have one name, and a container numbers of its own."""
+    found = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # macOS
+        found.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        found.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(found)
+
+
+def process_state(process: int) -> str:
+    """The state of a process as /proc shows it ("S", "T" for stopped, "Z"); "" when there is none."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        if not Path("/proc/self/stat").exists():
+            return "?"  # macOS
+        return ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import math
@@ -19,9 +18,10 @@ from rich.table import Table
 
 from progscale.data import MicroBatch
 from progscale.errors import ConfigError, Fault
+from progscale.owner import LOCK, OWNER, Hold, hold
 from progscale.signals import PREEMPTED
 
-LOCK, PARTIAL = ".lock", ".partial"
+PARTIAL = ".partial"
 
 log = logging.getLogger("progscale")
 
@@ -54,14 +54,14 @@ class RunFolder:
     ) -> None:
         self.path = path
         self.moved: Path | None = None
-        self._lock: int | None = None
+        self._hold: Hold | None = None
         self._unwritten = bytearray()
         self._told = False
         try:
             if resume_bytes is None:
                 self._claim(config_hash, named)
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = lock(path)
+            self._hold = hold(path)
             check_no_links(path)
             if resume_bytes is not None:
                 self._rewind(resume_bytes)
@@ -70,14 +70,14 @@ class RunFolder:
             # Unbuffered: what could not be written must be known, and not be tried again at some later time.
             self._metrics = (path / "metrics.jsonl").open("ab", buffering=0)
         except OSError as error:
-            unlock(self._lock)
+            self._release()
             raise ConfigError(
                 Fault(
                     "run.output_dir", f"'{path}' cannot be written ({error.strerror}); choose another with --set run.output_dir=…"
                 )
             ) from error
         except ConfigError:
-            unlock(self._lock)
+            self._release()
             raise
 
     def _claim(self, config_hash: str, named: bool) -> None:
@@ -97,13 +97,14 @@ class RunFolder:
         if owner is None or (named and owner != config_hash):
             other = "a config.json that is not a run's" if owner is None else "a run of another config"
             raise ConfigError(Fault("run.name", f"'{self.path}' holds {other}; choose another with --set run.name=…"))
-        held = lock(self.path)
+        held = hold(self.path)
         number = 1
         while (aside := self.path.with_name(f"{self.path.name}.{number}")).exists():
             number += 1
         os.rename(self.path, aside)
+        (aside / OWNER).unlink(missing_ok=True)
         self.moved = aside
-        unlock(held)
+        held.release()
 
     def _rewind(self, size: int) -> None:
         """Cuts metrics.jsonl back to where it was at the checkpoint; what is cut off stays in a file beside it."""
@@ -159,13 +160,17 @@ class RunFolder:
             log.warning("%d bytes of records are lost: they could not be written to %s", len(self._unwritten), self._metrics.name)
             self._unwritten.clear()
         self._metrics.close()
-        unlock(self._lock)
-        self._lock = None
+        self._release()
+
+    def _release(self) -> None:
+        if self._hold is not None:
+            self._hold.release()
+            self._hold = None
 
 
 def is_of_a_beginning(name: str) -> bool:
     """Whether a file is left by a run that ended before its folder was one: told to stop, killed, or the disk was full."""
-    return name in (PREEMPTED, LOCK, "config.json" + PARTIAL) or name.startswith(f".{PREEMPTED}.")
+    return name in (PREEMPTED, LOCK, "config.json" + PARTIAL) or name.startswith((f".{PREEMPTED}.", OWNER))
 
 
 def check_no_links(folder: Path) -> None:
@@ -178,55 +183,6 @@ def check_no_links(folder: Path) -> None:
         # Checkpoints and models may lie on another disk; they are folders, and nothing is written over what is in them.
         if entry.is_symlink() and entry.name not in ("checkpoints", "model"):
             raise ConfigError(Fault("run.output_dir", f"'{entry}' is a link, and a run would write through it; remove it"))
-
-
-def lock(folder: Path) -> int | None:
-    """Keeps other processes out of a run folder until `unlock`, or until this process ends, how ever it does.
-
-    Only a lock of the system will do: one that is a file (as filelock makes where there is no other) outlives a killed process,
-    and no other node may break it.
-
-    Returns:
-        For `unlock`; None where the file system has no such locks.
-
-    Raises:
-        ConfigError: another process holds it.
-    """
-    try:
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        if not isinstance(error, BlockingIOError):
-            return None
-        raise ConfigError(
-            Fault("run.name", f"another process is at work in '{folder}'; wait for it, or choose another with --set run.name=…")
-        ) from error
-    _HELD.add(descriptor)
-    return descriptor
-
-
-def unlock(descriptor: int | None) -> None:
-    """Lets others have what `lock` gave."""
-    if descriptor is not None:
-        _HELD.discard(descriptor)
-        os.close(descriptor)
-
-
-# Of this process's locks.
-_HELD: set[int] = set()
-
-
-def _forget_locks() -> None:
-    """In a forked child: a loader's process may outlive a killed run by seconds, and must not keep its successor out."""
-    while _HELD:
-        os.close(_HELD.pop())
-
-
-os.register_at_fork(after_in_child=_forget_locks)
 
 
 def without_nan(value: Any) -> Any:

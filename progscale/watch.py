@@ -10,19 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import functools
 import json
 import os
 import signal
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 from progscale.engine.ranks import connect_store
+from progscale.launcher import machine, process_state
 
 T = TypeVar("T")
 
@@ -266,26 +264,6 @@ class Watch:
         """As `process_state`; None where the rank is on another node, or has not begun."""
         process = self._process_of(rank)
         return None if process is None else process_state(process)
-
-
-@functools.cache
-def machine() -> str:
-    """This machine, as far as process numbers go: two may have one name, and a container numbers of its own."""
-    found = [socket.gethostname()]
-    with contextlib.suppress(OSError):  # macOS
-        found.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
-        found.append(os.readlink("/proc/self/ns/pid"))
-    return " ".join(found)
-
-
-def process_state(process: int) -> str:
-    """The state of a process as /proc shows it ("S", "T" for stopped, "Z"); "" when there is none."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        if not Path("/proc/self/stat").exists():
-            return "?"  # macOS
-        return ""
 
 
 def _connect(timeout_seconds: float) -> Any:

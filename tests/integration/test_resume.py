@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from progscale.checkpoint import shards
+from progscale.owner import hold
 from progscale.session import Session
 from progscale.tasks.demo import DemoTask
 from tests.harness.programs import REPOSITORY, Answer, in_process, launched, records, settings, summary_of
@@ -255,15 +256,12 @@ def test_the_best_model_is_the_one_that_is_told(told: type[Told], tmp_path: Path
 
 
 def test_one_process_at_a_time(told: type[Told], tmp_path: Path) -> None:
-    from progscale.trackers import lock, unlock
-
-    held = lock(stopped_at(told, tmp_path, 3))
-    assert held is not None
+    held = hold(stopped_at(told, tmp_path, 3))
     for policy in ("auto", "never"):
         answer = train(tmp_path, "--resume", policy)
         assert answer.code == 2
         assert "another process is at work" in answer.err
-    unlock(held)
+    held.release()
     assert train(tmp_path, "--resume", "auto").code == 0
 
 

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[2] / "progscale"
 ORDER = [
     *("errors", "checks", "numbers", "registry", "config", "schedule"),
     *("blocks", "models", "layers", "methods", "names", "cost", "plan", "paper"),
-    *("estimate", "scale", "launcher", "network", "memory", "signals", "learning_rate", "optim", "optimizers", "engine"),
+    *("estimate", "scale", "launcher", "owner", "network", "memory", "signals", "learning_rate", "optim", "optimizers", "engine"),
     *("preflight", "tasks", "data"),
     *("checkpoint", "resume", "verify", "watch"),
     *("compiling", "prefix", "cache", "fit"),
@@ -25,7 +25,7 @@ ORDER = [
 ]
 WITHOUT_TORCH = (
     *("errors", "checks", "numbers", "registry", "config", "schedule", "names", "learning_rate"),
-    *("launcher", "network", "signals", "cli"),
+    *("launcher", "owner", "network", "signals", "cli"),
 )
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

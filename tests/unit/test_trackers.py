@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import io
 import json
 import logging
 import os
 import re
-import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,7 @@ from rich.console import Console
 
 from progscale.data import MicroBatch
 from progscale.errors import ConfigError
-from progscale.trackers import RunConsole, RunFolder, lock, score_line, stage_table, unlock
+from progscale.trackers import RunConsole, RunFolder, score_line, stage_table
 
 CONFIG = {"run": {"name": "a"}}
 
@@ -188,40 +185,6 @@ def test_records_wait_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     with caplog.at_level(logging.WARNING, "progscale"):
         folder.close()
     assert "bytes of records are lost" in caplog.text
-
-
-def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run goes on without: a lock that is a file would outlive a killed process."""
-
-    def missing(descriptor: int, operation: int) -> None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
-    monkeypatch.setattr(fcntl, "flock", missing)
-    assert lock(tmp_path) is None
-    claim(tmp_path / "a").close()
-
-
-def test_a_forked_process_holds_no_lock(tmp_path: Path) -> None:
-    """A loader's process lives on for seconds when its run is killed."""
-    held = lock(tmp_path)
-    assert held is not None
-    begun, begin = os.pipe()
-    child = os.fork()
-    if not child:
-        os.write(begin, b"x")
-        time.sleep(60)
-        os._exit(0)
-    try:
-        os.read(begun, 1)
-        with pytest.raises(ConfigError, match="another process is at work"):
-            lock(tmp_path)
-        unlock(held)
-        again = lock(tmp_path)
-        assert again is not None
-        unlock(again)
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
 
 
 def test_the_console_of_another_rank_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
