@@ -45,6 +45,7 @@ class Hold:
         self._token = uuid4().hex
         self._beat = 0
         self._done = threading.Event()
+        self._guard = threading.Lock()
         if descriptor is not None:
             _HELD.add(descriptor)
 
@@ -78,10 +79,11 @@ class Hold:
     def release(self) -> None:
         """Lets others have the folder; a second time it does nothing."""
         self._done.set()
-        found = self._read()
-        if found is not None and found.get("token") == self._token:
-            with contextlib.suppress(OSError):
-                self._path.unlink(missing_ok=True)
+        with self._guard:  # not between two looks of the thread
+            found = self._read()
+            if found is not None and found.get("token") == self._token:
+                with contextlib.suppress(OSError):
+                    self._path.unlink(missing_ok=True)
         if self._descriptor is not None:
             _HELD.discard(self._descriptor)
             os.close(self._descriptor)
@@ -147,12 +149,13 @@ class Hold:
 
     def _run(self) -> None:
         while not self._done.wait(BEAT_SECONDS):
-            found = self._read()
-            if found is None or found.get("token") != self._token:
-                return  # the folder was moved, or taken
-            self._beat += 1
-            with contextlib.suppress(OSError):  # a disk that is full for a while
-                self._write()
+            with self._guard:
+                found = self._read()
+                if self._done.is_set() or found is None or found.get("token") != self._token:
+                    return  # the folder was let go, moved, or taken
+                self._beat += 1
+                with contextlib.suppress(OSError):  # a disk that is full for a while
+                    self._write()
 
 
 def hold(folder: Path) -> Hold:
