@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from progscale.engine.base import Engine, EngineSettings
 from progscale.engine.local import LocalEngine
 from progscale.errors import UserError
 from progscale.launcher import interface_towards, keeps_store, read_ranks, try_port
+
+# Building DeepSpeed's collectives takes one or two.
+STALE_BUILD_MINUTES = 15
 
 
 def set_up_cpu(threads: int | None = None) -> int:
@@ -202,7 +206,7 @@ def find_compiler() -> None:
     """On a machine with no GPU, DeepSpeed compiles its shared-memory collectives at the first run (25 to 90 s).
 
     Raises:
-        UserError: a C++ compiler or ninja is missing.
+        UserError: a C++ compiler or ninja is missing, or a build that was killed would be waited for without end.
     """
     # ninja comes with DeepSpeed, into the environment's own bin, which is on no PATH unless somebody activated it.
     own_bin = str(Path(sys.executable).parent)
@@ -218,6 +222,12 @@ def find_compiler() -> None:
     from torch.utils.cpp_extension import get_default_build_root
 
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", get_default_build_root()))
+    for lock in root.rglob("deepspeed_shm_comm/lock"):
+        minutes = (time.time() - lock.stat().st_mtime) / 60
+        if minutes > STALE_BUILD_MINUTES:
+            raise UserError(
+                f"engine.deepspeed: a build was killed {minutes:.0f} min ago, and its lock would be waited for; rm {lock}"
+            )
     if os.environ.get("RANK", "0") == "0" and not list(root.rglob("deepspeed_shm_comm.so")):
         print("DeepSpeed compiles its CPU collectives, once on this machine: 25 to 90 s …", flush=True)
 

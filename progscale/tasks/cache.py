@@ -68,8 +68,9 @@ def fingerprint_tokenizer(tokenizer: Any) -> str | None:
 def cached(key: Mapping[str, Any], build: Callable[[], Arrays]) -> Arrays:
     """The arrays of `key`: from the cache, or built and put there.
 
-    Of several processes that ask at once one builds, the others wait and read. A file that is cut short or changed is
-    built again. Where the folder cannot be written, every process builds its own and says so.
+    Of several processes that ask at once one builds, the others wait and read: one of all machines that share the folder, or one
+    of each machine where the folder's file system has no locks. A file that is cut short or changed is built again. Where the
+    folder cannot be written, every process builds its own and says so.
 
     Args:
         key: everything the arrays depend on, as JSON values; None as the tokenizer's fingerprint turns the cache off.
@@ -81,13 +82,16 @@ def cached(key: Mapping[str, Any], build: Callable[[], Arrays]) -> Arrays:
     path = cache_dir() / "tokenized" / f"{hashlib.sha256(text.encode()).hexdigest()}.bin"
     if (arrays := _load(path)) is not None:
         return arrays
-    with contextlib.ExitStack() as stack:
-        try:
-            from filelock import FileLock
+    from filelock import FileLock
 
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_on_this_machine(path.stem))
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(path.with_suffix(".lock")))
-        except (OSError, NotImplementedError) as error:
+            with contextlib.suppress(NotImplementedError):  # no locks there: this machine's own is held
+                stack.enter_context(FileLock(path.with_suffix(".lock")))
+        except OSError as error:
+            stack.close()
             log.warning("tokenised data is not kept: %s cannot be used (%s); set PROGSCALE_CACHE", path.parent, error)
             return build()
         if (arrays := _load(path)) is not None:
@@ -98,6 +102,19 @@ def cached(key: Mapping[str, Any], build: Callable[[], Arrays]) -> Arrays:
         except OSError as error:
             log.warning("tokenised data is not kept: writing %s failed (%s)", path, error)
         return arrays
+
+
+@contextlib.contextmanager
+def _on_this_machine(name: str) -> Iterator[None]:
+    """Within, no other process of this user on this machine; without a folder for such a lock, nothing."""
+    from filelock import FileLock
+
+    folder = Path(tempfile.gettempdir()) / f"progscale-{os.getuid()}"
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, NotImplementedError):
+            folder.mkdir(mode=0o700, exist_ok=True)
+            stack.enter_context(FileLock(folder / f"{name}.lock"))
+        yield
 
 
 def _save(path: Path, arrays: Arrays) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
@@ -227,6 +229,13 @@ def test_the_release_of_deepspeed_and_its_compiler(
     (tmp_path / "deepspeed_shm_comm" / "deepspeed_shm_comm.so").touch()
     found = named(doctor.run_checks(zero(2), Ranks(), on_gpu=False))
     assert (found["DeepSpeed on a CPU"].status, found["DeepSpeed on a CPU"].found) == ("ok", "its collectives are compiled")
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock.touch()
+    assert named(doctor.run_checks(zero(2), Ranks(), on_gpu=False))["DeepSpeed on a CPU"].status == "ok", "somebody builds"
+    os.utime(lock, (time.time() - 3600, time.time() - 3600))
+    stale = named(doctor.run_checks(zero(2), Ranks(), on_gpu=False))["DeepSpeed on a CPU"]
+    assert (stale.status, stale.remedy) == ("problem", f"rm {lock}") and "a build was killed 60 min ago" in stale.found
+    lock.unlink()
     assert "DeepSpeed on a CPU" not in named(doctor.run_checks(zero(2), Ranks(), on_gpu=True)), "on a GPU nothing is compiled"
     assert capsys.readouterr().out == ""
 

@@ -7,7 +7,9 @@ import os
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import filelock
 import numpy as np
 import pytest
 
@@ -59,7 +61,23 @@ def _ask(marks: Path) -> None:
     assert len(cached(KEY, build)["values"]) == 1000
 
 
-def test_of_several_processes_one_builds(tmp_path: Path) -> None:
+def without_locks(path: Path) -> Any:
+    """A lock that a file system of the cluster's does not have."""
+    real = filelock.UnixFileLock(path)
+    if path.parent.name == "tokenized":
+
+        def missing() -> None:
+            raise NotImplementedError("FileSystem does not appear to support flock")
+
+        real._acquire = missing  # type: ignore[method-assign]
+    return real
+
+
+@pytest.mark.parametrize("has_locks", [True, False])
+def test_of_several_processes_one_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_locks: bool) -> None:
+    """Of a machine also where the folder's file system has no locks, as Lustre without its option."""
+    if not has_locks:
+        monkeypatch.setattr(filelock, "FileLock", without_locks)
     marks = tmp_path / "marks"
     marks.mkdir()
     context = multiprocessing.get_context("fork")
