@@ -294,9 +294,9 @@ def measure(device: torch.device, local: int, environment: Mapping[str, str], se
     # A rank may be stuck in each of its steps.
     report = _answer(store, "report", 10 * seconds)
     links = tuple((int(one), int(other), float(speed)) for one, other, speed in report.pop("links"))
-    return Network(
-        nodes=tuple(report.pop("nodes")), links=links, flops_per_second=tuple(report.pop("flops_per_second")), **report
-    )
+    nodes, flops = tuple(report.pop("nodes")), tuple(report.pop("flops_per_second"))
+    flops_of = "bf16" if device.type == "cuda" else "fp32"
+    return Network(nodes=nodes, links=links, flops_per_second=flops, flops_of=flops_of, **report)
 
 
 def _neighbours(count: int) -> list[tuple[int, int]]:

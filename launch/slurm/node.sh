@@ -30,4 +30,7 @@ else
 fi
 printf 'progscale: node %s, ranks %s, GPUs %s, cores %s, restart %s\n' \
   "$SLURMD_NODENAME" "$ranks" "$gpus" "$cores" "${SLURM_RESTART_COUNT:-0}"
-exec "$PROGSCALE_HOME/launch/launch.sh" "${options[@]}" "$PROGSCALE_HOME/launch/train.py" "$@"
+program=("$PROGSCALE_HOME/launch/train.py")
+[ -z "${PROGSCALE_DOCTOR:-}" ] || program=(-m progscale doctor)
+[ "$cores" -ge "$ranks" ] || echo "progscale: $ranks ranks share $cores cores: give sbatch --cpus-per-task"
+exec "$PROGSCALE_HOME/launch/launch.sh" "${options[@]}" "${program[@]}" "$@"

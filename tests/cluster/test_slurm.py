@@ -169,10 +169,10 @@ def test_an_array_of_two_seeds_leaves_two_runs(jobs: Jobs, cache: Path, tmp_path
 
 def test_an_array_with_a_line_for_each_element(jobs: Jobs, tmp_path: Path) -> None:
     """What differs may be anything; one node here, and one rank."""
-    (tmp_path / "grid.txt").write_text("--set run.name=first\n--set run.name=second --set run.seed=5\n")
+    (tmp_path / "grid.txt").write_text("--set 'run.name=first of two'\n--set run.name=second --set run.seed=5\n")
     arguments = ["--each", "grid.txt", *twelve(tmp_path)]
     array = jobs.submit(*arguments, options=("-N1", "--array=1-3"))
-    for element, name in ((1, "first"), (2, "second")):
+    for element, name in ((1, "first of two"), (2, "second")):
         jobs.ends(f"{array}_{element}")
         assert not leftovers(tmp_path / name)
     assert json.loads((tmp_path / "second" / "config.json").read_text())["run"]["seed"] == 5
@@ -229,3 +229,12 @@ def test_two_jobs_of_one_name_never_mix(jobs: Jobs, runs: Runs, tmp_path: Path) 
     assert "another process is at work in" in jobs.ends(second, "FAILED")
     jobs.ends(first)
     same(evidence(tmp_path / "a"), runs.whole("zero2"))
+
+
+def test_the_doctor_looks_at_the_nodes(jobs: Jobs, tmp_path: Path) -> None:
+    """With the same script and options: every node answers, and what was measured is kept."""
+    save = str(tmp_path / "net.json")
+    job = jobs.submit(*config_file("zero2"), "--save", save, PROGSCALE_DOCTOR="1")
+    out = jobs.ends(job)
+    assert out.count("no problems") == 2 and out.count("network: measured") == 2
+    assert sorted(json.loads(Path(save).read_text())["nodes"]) == ["n1", "n2"]
