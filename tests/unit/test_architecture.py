@@ -14,14 +14,14 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "progscale"
 # From what stands alone to what holds all together; each may import those before it.
 ORDER = [
-    *("errors", "numbers", "registry", "config", "schedule"),
+    *("errors", "numbers", "registry", "config", "schedule", "checks"),
     *("blocks", "models", "layers", "methods", "names", "cost", "plan", "paper"),
-    *("estimate", "launcher", "memory", "signals", "learning_rate", "optim", "optimizers", "engine"),
+    *("estimate", "launcher", "network", "memory", "signals", "learning_rate", "optim", "optimizers", "engine", "preflight"),
     *("tasks", "data"),
     *("checkpoint", "resume", "verify", "watch"),
     *("compiling", "prefix", "cache", "fit"),
     *("meters", "trackers", "export"),
-    *("session", "inputs", "folder", "setup", "progress", "loop", "run", "doctor", "cli", "__main__"),
+    *("session", "inputs", "folder", "joining", "setup", "progress", "loop", "run", "doctor", "cli", "__main__"),
 ]
 WITHOUT_TORCH = ("errors", "numbers", "registry", "config", "schedule", "names", "learning_rate", "launcher", "signals", "cli")
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
