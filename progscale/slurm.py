@@ -340,7 +340,8 @@ def poor_nodes(wanted: Wanted, partition: Partition) -> list[Fault]:
         faults.append(Fault("--gpus-per-node", f"{wanted.gpus} asked for on each node; {where} {has}"))
     most = min(max((node.cpus for node in nodes), default=0), partition.most_cpus)
     cpus = (wanted.cpus_per_rank or 1) * wanted.ranks
-    if cpus > most:
+    # Ranks that are there for GPUs in vain are no second mistake.
+    if cpus > most and not (faults and wanted.cpus_per_rank is None):
         ranks = f" for each of {wanted.ranks} ranks are {cpus}" if wanted.ranks > 1 else ""
         option = "--cpus-per-rank" if wanted.cpus_per_rank is not None else "--ranks-per-node"
         each = wanted.cpus_per_rank or 1

@@ -14,16 +14,19 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "progscale"
 # From what stands alone to what holds all together; each may import those before it.
 ORDER = [
-    *("errors", "numbers", "registry", "config", "schedule", "checks"),
+    *("errors", "numbers", "registry", "config", "schedule", "checks", "slurm"),
     *("blocks", "models", "layers", "methods", "names", "cost", "plan", "paper"),
     *("estimate", "launcher", "network", "memory", "signals", "learning_rate", "optim", "optimizers", "engine", "preflight"),
     *("tasks", "data"),
     *("checkpoint", "resume", "verify", "watch"),
     *("compiling", "prefix", "cache", "fit"),
     *("meters", "trackers", "export"),
-    *("session", "inputs", "folder", "joining", "setup", "progress", "loop", "run", "doctor", "cli", "__main__"),
+    *("session", "inputs", "folder", "joining", "setup", "progress", "loop", "run", "doctor", "submit", "cli", "__main__"),
 ]
-WITHOUT_TORCH = ("errors", "numbers", "registry", "config", "schedule", "names", "learning_rate", "launcher", "signals", "cli")
+WITHOUT_TORCH = (
+    *("errors", "numbers", "registry", "config", "schedule", "names", "learning_rate", "launcher", "signals", "cli"),
+    *("slurm", "submit"),
+)
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
@@ -91,6 +94,8 @@ def test_the_rule_sees_imports_wherever_they_stand() -> None:
         (["train", "--print-config"], 0, '"schedule"'),
         (["train", "--list-options"], 0, "optimizer.lr"),
         (["plan"], 2, "no model named"),
+        (["submit", "--dry-run"], 0, "export PROGSCALE_HOME="),
+        (["submit", "--nodes", "3"], 2, "32 rows cannot be shared equally by 3 processes"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
