@@ -20,7 +20,7 @@ from progscale.errors import Fault, UserError, nearest
 FORMAT = "%R|%P|%a|%l|%L|%s|%B|%N|%T|%c|%m|%G"
 # A busy controller answers late.
 ANSWER_SECONDS = 60
-GONE = ("down", "drain", "fail", "inval", "unknown", "error", "future", "no_respond", "blocked")
+GONE = ("down", "drain", "fail", "inval", "unknown", "error", "future", "blocked")
 MEGABYTES = {"": 1.0, "k": 1 / 1024, "m": 1.0, "g": 1024.0, "t": 1024.0**2}
 # What a job's processes need of the session that submits it; the rest tells of the job that the session itself may be in.
 KEPT = ("SLURM_CONF", "SLURM_CLUSTERS")
@@ -63,8 +63,8 @@ class Node:
 
     @property
     def is_up(self) -> bool:
-        """Whether jobs may come to run there; a node that sleeps is woken."""
-        return not self.state.endswith("*") and not self.state.lower().startswith(GONE)
+        """Whether jobs may come to run there: one that sleeps is woken, and one that has just not answered ("idle*") may soon."""
+        return not self.state.lower().startswith(GONE)
 
     def gpus_of(self, kind: str | None) -> int:
         """GPUs of a type, or of all types."""

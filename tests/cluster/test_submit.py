@@ -148,6 +148,7 @@ def test_a_node_that_is_down_is_not_counted(login: Login) -> None:
         answer = login.submit("--nodes", "2")
     finally:
         login.cluster.ask("scontrol", "update", "NodeName=n2", "State=RESUME")
+        login.cluster.wait_for_nodes("idle")
     assert answer.code == 2
     assert "--nodes: 2 asked for; partition 'debug' has 1 that are up (n2 drain" in answer.err
     assert login.queue() == ""

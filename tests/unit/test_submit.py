@@ -25,7 +25,7 @@ from tests.harness.programs import REPOSITORY, Answer, in_process
 # As SLURM 22.05 prints it; the last partition has a default time limit and limits on nodes and CPUs.
 SINFO = """\
 debug|debug*|up|infinite|n/a|1-infinite|UNLIMITED|n1|idle|2|8000|(null)
-debug|debug*|up|infinite|n/a|1-infinite|UNLIMITED|n2|mixed|2|8000|(null)
+debug|debug*|up|infinite|n/a|1-infinite|UNLIMITED|n2|mixed*|2|8000|(null)
 short|short|up|10:00|n/a|1-infinite|UNLIMITED|n1|idle|2|8000|(null)
 gpu|gpu|up|1-00:00:00|n/a|1-infinite|UNLIMITED|g1|idle~|96|515000|gpu:a100:8(S:0-1)
 gpu|gpu|up|1-00:00:00|n/a|1-infinite|UNLIMITED|g2|allocated|64|515000|gpu:a100:4,gpu:v100:2,nvme:1
@@ -33,7 +33,7 @@ gpu|gpu|up|1-00:00:00|n/a|1-infinite|UNLIMITED|g3|down*|96|515000|gpu:a100:8(S:0
 shut|shut|drain|infinite|n/a|1-infinite|UNLIMITED|n1|idle|2|8000|(null)
 narrow|narrow|up|1-00:00:00|30:00|1-2|1|n1|idle|2|8000|(null)
 narrow|narrow|up|1-00:00:00|30:00|1-2|1|n2|draining|2|8000|(null)
-narrow|narrow|up|1-00:00:00|30:00|1-2|1|n3|idle*|2|8000|(null)
+narrow|narrow|up|1-00:00:00|30:00|1-2|1|n3|down~|2|8000|(null)
 """
 PARTITIONS = parse_sinfo(SINFO)
 GPU = ("gpu",)
