@@ -1,4 +1,4 @@
-"""The command `progscale`: plan, train, merge. Nothing heavy is imported before a command's own work begins."""
+"""The command `progscale`: plan, train, submit, merge. Nothing heavy is imported before a command's own work begins."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -122,6 +123,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("--trust-remote-code", action="store_true", help="run Python code from the model's repository")
     doctor.set_defaults(run=run_doctor)
+    submit = commands.add_parser(
+        "submit",
+        help="fill launch/slurm/train.sbatch for a config, see that the cluster can give it, and submit it",
+        description="Submits a run, or an array of runs, to SLURM; what the cluster cannot give is refused before. The filled "
+        "script is kept in logs/submitted and can be submitted again by sbatch.",
+        epilog="examples:\n  progscale submit --config my.json --nodes 2 --gpus-per-node 8 --time 12:00:00\n"
+        "  progscale submit --config configs/models/bert-base.json --tasks mrpc rte --seeds 1 2 3 --gpus-per-node 1    six runs\n"
+        "  progscale submit --config my.json --nodes 2 --sbatch constraint=a100 --dry-run",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_submit_options(submit)
+    submit.set_defaults(run=run_submit)
     merge = commands.add_parser(
         "merge",
         help="turn an exported adapter into a plain model that needs neither PEFT nor progscale",
@@ -198,10 +212,54 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
         "or from the checkpoint or run folder at PATH; a run that has ended is left as it is; default: never",
     )
     parser.add_argument("--list-options", action="store_true", help="list every config key with its default and stop")
+    add_permission_options(parser)
+
+
+def add_permission_options(parser: argparse.ArgumentParser) -> None:
+    """What only the command line may allow a run."""
     parser.add_argument(
         "--allow-pickle", action="store_true", help="accept model weights that are no safetensors (they can run code)"
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code from the model's repository")
+
+
+def add_submit_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `submit`: those of train that a job has a use for, and sbatch's under its own names."""
+    add_config_options(parser)
+    parser.add_argument("--resume", metavar="auto|never|must|PATH", help="as for train; default: auto")
+    add_permission_options(parser)
+    job = parser.add_argument_group("the job, as sbatch has it")
+    job.add_argument("--nodes", "-N", type=int, default=1, metavar="N", help="default: 1")
+    job.add_argument("--gpus-per-node", metavar="[TYPE:]N", help="e.g. 8 or a100:8; default: none")
+    job.add_argument("--ranks-per-node", type=int, metavar="N", help="default: one for each GPU, without GPUs one")
+    job.add_argument("--cpus-per-rank", type=int, metavar="N", help="default: with GPUs their share of the node's CPUs, else 1")
+    job.add_argument("--mem", metavar="SIZE[K|M|G|T]", help="memory of each node; 0: all of it; default: the cluster's")
+    job.add_argument(
+        "--time", "-t", metavar="LIMIT", help="e.g. 12:00:00; the run goes on in the next job; default: the partition's"
+    )
+    job.add_argument("--partition", "-p", metavar="NAME", help="default: the cluster's")
+    job.add_argument("--account", "-A", metavar="NAME", help="whom the job is charged to")
+    job.add_argument("--qos", "-q", metavar="NAME", help="quality of service")
+    job.add_argument("--job-name", "-J", metavar="NAME", help="default: the run's name")
+    job.add_argument(
+        "--signal-seconds", type=int, default=300, metavar="N", help="save so long before the time limit; default: 300"
+    )
+    job.add_argument("--max-restarts", type=int, metavar="N", help="how often the job is queued again; default: 20")
+    job.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="one more of its options: constraint=a100, exclusive, …"
+    )
+    several = parser.add_argument_group("several runs, as a job array")
+    several.add_argument("--seeds", nargs="+", type=int, default=[], metavar="SEED", help="one run for each seed")
+    several.add_argument(
+        "--tasks", nargs="+", default=[], metavar="TASK", help="one run for each: a name, or a JSON layer; times seeds"
+    )
+    several.add_argument("--array", "-a", metavar="SPEC", help="sbatch's own: each element's number is its seed, e.g. 42-44%%2")
+    nodes = parser.add_argument_group("on the nodes")
+    nodes.add_argument("--setup", metavar="FILE", help="shell file that each node sources: modules, an environment, variables")
+    nodes.add_argument("--container", metavar="IMAGE", help="run in an image of enroot's (pyxis)")
+    nodes.add_argument("--apptainer", metavar="IMAGE", help="run in an image of Apptainer's")
+    parser.add_argument("--dry-run", action="store_true", help="show the whole script and ask the cluster, submit nothing")
+    parser.add_argument("--yes", "-y", action="store_true", help="do not ask before submitting")
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
@@ -368,6 +426,15 @@ def run_scale(config: Config, options: argparse.Namespace) -> int:
     content = {**plan.to_json(), "world_size": cluster.world_size, "scale": scale.to_json()}
     content["costs"] = [stage.cost.to_json() for stage in scale.stages]
     return show(content, lambda _: Group(render_plan(plan), "", render_scale(scale, options.gpu)), options.format)
+
+
+def run_submit(options: argparse.Namespace) -> int:
+    """The command `submit`."""
+    for module in options.plugin:
+        import_plugin(module)
+    from progscale.submit import Request, submit
+
+    return submit(Request(**{field.name: getattr(options, field.name) for field in fields(Request)}))
 
 
 def run_doctor(options: argparse.Namespace) -> int:

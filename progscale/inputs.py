@@ -18,6 +18,7 @@ from progscale.models.tokenizers import (
     load_tokenizer,
     max_tokens,
 )
+from progscale.names import metric_faults
 from progscale.tasks.base import TASKS, Task
 from progscale.tasks.demo import DEMO_MODEL, demo_tokenizer
 
@@ -97,16 +98,14 @@ def check_generation(config: Config, task: Task, model_config: Any, family: Fami
 
 
 def check_metric(config: Config, permissions: Permissions) -> None:
-    """A metric of `evaluate` is somebody's Python code, which no config file may run by itself.
+    """Refuses a metric that runs code, unless the command line allows it.
 
     Raises:
-        ConfigError: the command line does not allow it.
+        ConfigError: it does not.
     """
-    metric = config.task.metric
-    if metric is not None and metric.startswith("evaluate:") and not permissions.trust_remote_code:
-        raise ConfigError(
-            Fault("task.metric", f"'{metric}' runs Python code that comes with the metric; allow it with --trust-remote-code")
-        )
+    faults = metric_faults(config, trust_remote_code=permissions.trust_remote_code)
+    if faults:
+        raise ConfigError(faults)
 
 
 def model_request(config: Config, task: Task, permissions: Permissions) -> ModelRequest:

@@ -79,6 +79,14 @@ def method_faults(config: Config) -> list[Fault]:
     return method.refusals(options, config)
 
 
+def metric_faults(config: Config, *, trust_remote_code: bool) -> list[Fault]:
+    """A metric of `evaluate` is somebody's Python code, which no config file may run by itself."""
+    metric = config.task.metric
+    if metric is None or not metric.startswith("evaluate:") or trust_remote_code:
+        return []
+    return [Fault("task.metric", f"'{metric}' runs Python code that comes with the metric; allow it with --trust-remote-code")]
+
+
 def method_options() -> list[Option]:
     """The options of all methods, as `describe_schema` lists those of the sections."""
     found = []

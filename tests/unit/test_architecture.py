@@ -21,11 +21,12 @@ ORDER = [
     *("checkpoint", "resume", "verify", "watch"),
     *("compiling", "prefix", "cache", "fit"),
     *("meters", "trackers", "export"),
-    *("joining", "session", "inputs", "folder", "setup", "progress", "loop", "run", "doctor", "cli", "__main__"),
+    *("joining", "session", "inputs", "folder", "setup", "progress", "loop", "run", "doctor"),
+    *("slurm", "submit", "cli", "__main__"),
 ]
 WITHOUT_TORCH = (
     *("errors", "checks", "numbers", "registry", "config", "schedule", "names", "learning_rate"),
-    *("launcher", "owner", "network", "signals", "cli"),
+    *("launcher", "owner", "network", "signals", "slurm", "submit", "cli"),
 )
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
@@ -94,6 +95,8 @@ def test_the_rule_sees_imports_wherever_they_stand() -> None:
         (["train", "--print-config"], 0, '"schedule"'),
         (["train", "--list-options"], 0, "optimizer.lr"),
         (["plan"], 2, "no model named"),
+        (["submit", "--dry-run"], 0, "export PROGSCALE_HOME="),
+        (["submit", "--nodes", "3"], 2, "32 rows cannot be shared equally by 3 processes"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
