@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 # What DeepSpeed keeps whole on every rank under ZeRO-3 where the config does not say.
 PERSISTENCE_THRESHOLD = 100_000
+# Elements between two uses of a parameter over which it keeps it.
+REUSE_DISTANCE = 10**9
 
 
 @dataclass(frozen=True)
@@ -108,13 +110,16 @@ def rank_state(config: Config, total: int, live: int, four_bit: int, world_size:
     return RankState(state, host)
 
 
-def traffic_of(config: Config, *, live: int, gathered: int, whole: int, world_size: int, micro_batches: int) -> Traffic:
+def traffic_of(
+    config: Config, *, live: int, gathered: int, again: int, whole: int, world_size: int, micro_batches: int
+) -> Traffic:
     """Bytes that a rank hands to collectives in a step: gradients of what is live, and weights that others hold.
 
     Args:
         config: of the run.
         live: elements that are trained.
         gathered: elements that ZeRO-3 gathers for each micro-batch.
+        again: of these, elements that it lets go after the forward pass, and gathers once more for the backward pass.
         whole: elements that it keeps whole on every rank, and gathers after each step, frozen ones too.
         world_size: ranks.
         micro_batches: of a rank in a step.
@@ -129,7 +134,7 @@ def traffic_of(config: Config, *, live: int, gathered: int, whole: int, world_si
     # scatter them; DeepSpeed reduces them everywhere and keeps its part (0.19.8, `use_multi_rank_bucket_allreduce`).
     reduced = width * live * (1 if stage == 1 else micro_batches)
     if stage == 3:
-        return Traffic(reduce_scatter=reduced, all_gather=width * (gathered * micro_batches + whole))
+        return Traffic(reduce_scatter=reduced, all_gather=width * ((gathered + again) * micro_batches + whole))
     return Traffic(all_reduce=reduced, all_gather=width * live)
 
 
@@ -163,6 +168,7 @@ def stage_costs(
     threshold = block.get("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
     threshold = 10 * plan.width if threshold == "auto" else int(threshold)
     gathered = sum(size for size in plan.sizes.values() if size > threshold)
+    distance = int(block.get("stage3_max_reuse_distance", REUSE_DISTANCE))
     costs = []
     for stage in plan.stages:
         flops = stage.work.flops(length, plan.width)
@@ -179,6 +185,7 @@ def stage_costs(
                     staged,
                     live=stage.trainable_parameters,
                     gathered=gathered,
+                    again=gathered_again(plan, stage, threshold, distance),
                     whole=sum(plan.sizes.values()) - gathered,
                     world_size=world_size,
                     micro_batches=micro_batches,
@@ -187,6 +194,27 @@ def stage_costs(
             )
         )
     return tuple(costs)
+
+
+def gathered_again(plan: Plan, stage: PlanStage, threshold: int, distance: int) -> int:
+    """Elements that ZeRO-3 gathers for the backward pass too: their next use lies too far behind the forward pass.
+
+    Args:
+        plan: whose parameters come in the order in which they are used.
+        stage: down to whose lowest trained parameter the backward pass goes.
+        threshold: parameters of so many elements at most are never let go.
+        distance: elements that may be used in between (`stage3_max_reuse_distance`).
+    """
+    found = after = 0
+    # Backwards: what comes after a parameter is used twice before it is used again.
+    names = list(plan.sizes)
+    first = min(names.index(name) for name in stage.live)
+    for name in reversed(names[first:]):
+        size = plan.sizes[name]
+        if size > threshold and 2 * after > distance:
+            found += size
+        after += size
+    return found
 
 
 def activations(plan: Plan, stage: PlanStage, config: Config, *, rows: int, on_gpu: bool | None) -> int | None:

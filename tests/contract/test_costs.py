@@ -59,6 +59,15 @@ def test_half_precision(two_ranks: TwoRanks, engine: str) -> None:
         check(found, engine)
 
 
+def test_weights_that_are_let_go_are_gathered_twice(two_ranks: TwoRanks) -> None:
+    """As those of a model of more than a billion parameters are; frozen blocks below all that is trained once."""
+    kept, forgotten = (measured(two_ranks, engine)[0] for engine in ("zero3", "zero3+forgetful"))
+    for found in forgotten:
+        check(found, "zero3")
+    more = [again.communicated - once.communicated for again, once in zip(forgotten, kept, strict=True)]
+    assert more[0] > more[1] > more[2] > 0
+
+
 # The rest is in the long list, and on the wire in tests/cluster/test_traffic.py.
 LONG = [pytest.param(engine, marks=pytest.mark.product) for engine in ("ddp", "zero1", "zero2")]
 
