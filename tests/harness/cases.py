@@ -55,7 +55,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "zero2+all_reduce": {"reduce_scatter": False},
     "zero2+small_buckets": {"reduce_bucket_size": 1000, "allgather_bucket_size": 1000},
     "zero2-offload+round_robin": {"round_robin_gradients": True},
-    "zero3+forgetful": {"stage3_max_reuse_distance": 0},
+    "zero3+forgetful": {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0},
     "zero3+overlap": {"overlap_comm": True},
     "zero3+sub_groups": {"sub_group_size": 5000, "stage3_param_persistence_threshold": 0},
     "zero3+all_persistent": {"stage3_param_persistence_threshold": 10**9},
