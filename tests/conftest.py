@@ -40,3 +40,11 @@ def three_ranks() -> Iterator[TwoRanks]:
     ranks = TwoRanks(ranks=3)
     yield ranks
     ranks.close()
+
+
+@pytest.fixture(scope="module")
+def four_ranks() -> Iterator[TwoRanks]:
+    """Four, for groups of two; they go when the module is done."""
+    ranks = TwoRanks(ranks=4)
+    yield ranks
+    ranks.close()
