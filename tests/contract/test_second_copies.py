@@ -14,6 +14,7 @@ from tests.contract.test_resume import same_bits
 from tests.harness.cases import Outcome, run
 from tests.harness.second_copies import ENGINE, Copies, Counted
 from tests.harness.worker import TwoRanks
+from tests.tiny import tiny_model
 
 # A width that no number of ranks divides; two micro-batches of a rank in a step.
 CASE: dict[str, Any] = {"stages": 3, "steps": 6, "blocks": 3, "width": 18, "rows": 8, "micro": 1, "embeddings": "first_stage"}
@@ -74,6 +75,15 @@ def test_given_weights_are_the_ones_computed_with(four_ranks: TwoRanks) -> None:
     for old, given, other in four_ranks.run("tests.harness.second_copies:evaluated_then_loaded"):
         assert old != other
         assert given == other
+
+
+def test_loaded_in_partitions(four_ranks: TwoRanks, tmp_path: Path) -> None:
+    """A second model in the same processes, and one without copies after it."""
+    tiny_model("bert", blocks=2).save_pretrained(tmp_path)
+    for first, second, bare in four_ranks.run("tests.harness.second_copies:loaded", folder=str(tmp_path)):
+        assert first == second
+        assert first[0] == bare[0]
+        assert (first[1], bare[1]) == ({2, 4}, {4})
 
 
 @pytest.mark.parametrize("step", [1, pytest.param(2, marks=pytest.mark.product)])

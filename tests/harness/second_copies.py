@@ -11,7 +11,11 @@ from typing import Any
 import torch
 
 from progscale.engine.deepspeed import DeepSpeedEngine
+from progscale.engine.launch import make_accelerator
+from progscale.engine.loading import load_partitioned
 from progscale.estimate import rank_state
+from progscale.models.family import ModelRequest
+from progscale.models.loading import family_of
 from tests.harness import cases, costs
 from tests.harness.audit import flip_bit
 from tests.harness.cases import Outcome, builds_of, deepspeed_of, make_engine, row_loss, share
@@ -121,6 +125,26 @@ def look() -> Copies:
         flip_bit(victim)
     found.digest = (alone, made.any_true(made.digests(names) != before))
     made.close()
+    return found
+
+
+def loaded(folder: str) -> list[tuple[list[float], set[int]]]:
+    """Losses of a model of two blocks read from `folder`, and the ranks that gathered: twice with copies, then without."""
+    found = []
+    for engine in (ENGINE, ENGINE, "zero3+bare"):
+        cases.reset_accelerate()
+        deepspeed = deepspeed_of(engine)
+        assert deepspeed is not None
+        make_accelerator(deepspeed=deepspeed)
+        request = ModelRequest(folder, head="sequence_classification")
+        with gathers() as gathered:
+            module = load_partitioned(request, family_of(tiny_model("bert", blocks=2)), deepspeed, torch.float32).train()
+            made = make_engine(module, engine)
+            made.begin_stage(builds_of(module, "none", "always", 1, 3, {})[1][0])
+            batches = [share(step, 8, 101, made.rank, made.world_size, 1) for step in range(3)]
+            losses = [made.train_step(batch, 8, row_loss, 1e-3).loss for batch in batches]
+            made.close()
+        found.append((losses, set(gathered)))
     return found
 
 
