@@ -223,6 +223,11 @@ def test_the_release_of_deepspeed_and_its_compiler(
     assert shutil.which("c++") is None
     found = named(doctor.run_checks(zero(3, param="cpu"), Ranks(2, 2, 0), on_gpu=False))
     assert found["engine"].found == "zero3-offload, gloo"
+    assert found["DeepSpeed"].status == "problem" and "upgrade to 0.19.8" in found["DeepSpeed"].remedy
+    assert (
+        found["DeepSpeed on a CPU"].status == "problem"
+        and "apt-get install g++ ninja-build" in found["DeepSpeed on a CPU"].remedy
+    )
     for tool in ("c++", "ninja"):
         (tmp_path / tool).write_text("#!/bin/sh\n")
         (tmp_path / tool).chmod(0o755)
