@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from progscale.config import Config, micro_batch_size
+from progscale.config.deepspeed import second_copies
 from progscale.cost import Flops, StateBytes, Traffic, state_bytes
 from progscale.plan import Plan, PlanStage, compute_share
 
@@ -86,7 +87,8 @@ def rank_state(config: Config, total: int, live: int, four_bit: int, world_size:
 
     With AdamW a live parameter costs 4 + 4 + 8 bytes, a frozen one 4, a quantised one half a byte. Under DeepSpeed `bf16_params`
     and `fp16` cost 2 + 2 + 12 (with fp32 accumulation 2 + 4 + 12; a frozen one 2), and fp32 weights are kept twice (4 + 4 + 12).
-    ZeRO 1 divides the last number by the ranks, 2 the gradients too, 3 the weights too.
+    ZeRO 1 divides the last number by the ranks, 2 the gradients too, 3 the weights too. Second copies of the weights come
+    on top, shared by the ranks of a group; those of what is live lie there from the first backward pass to the step.
 
     Args:
         config: of the run.
@@ -105,7 +107,9 @@ def rank_state(config: Config, total: int, live: int, four_bit: int, world_size:
     masters = 4 * -(-live // world_size) if stage and not half else 0
     types = (config.engine.deepspeed or {}).get("data_types") or {}
     gradients = plain.gradients * (2 if half and str(types.get("grad_accum_dtype")) in ("fp32", "float32") else 1)
-    state = StateBytes(plain.weights, gradients, plain.optimizer + masters)
+    group = second_copies((config.engine.deepspeed or {}).get("zero_optimization", {}))
+    second = (2 if half else 4) * -(-(total - four_bit) // group) if stage == 3 and group > 1 else 0
+    state = StateBytes(plain.weights + second, gradients, plain.optimizer + masters)
     host = state.weights * ("param" in offloaded) + (gradients + state.optimizer) * ("optimizer" in offloaded)
     return RankState(state, host)
 

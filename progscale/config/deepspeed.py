@@ -187,6 +187,15 @@ class _Reader:
                 )
 
 
+def second_copies(zero: Mapping[str, Any]) -> int:
+    """Ranks that share a second copy of the parameters (ZeRO++'s hierarchical partitioning); 1 where there is none.
+
+    Args:
+        zero: the section `zero_optimization`.
+    """
+    return int(zero.get("zero_hpz_partition_size", 1))
+
+
 def check_rest(rest: Mapping[str, Any], where: Where) -> list[Fault]:
     """Faults of what is left for DeepSpeed, after all layers are merged.
 
@@ -253,6 +262,7 @@ def _check_zero(rest: Mapping[str, Any], where: Where, fault: Callable[[KeyPath,
         fault(path, f"{show(stage)}{where(path)} must be 1, 2 or 3")
     elif stage == 0:
         fault(path, f"0{where(path)} must be 1, 2 or 3: {no_zero}")
+    _check_second_copies(zero, stage, where, fault)
     for name, allowed in (
         ("offload_optimizer", keys.OFFLOAD_OPTIMIZER_KEYS),
         ("offload_param", keys.OFFLOAD_PARAM_KEYS),
@@ -262,6 +272,18 @@ def _check_zero(rest: Mapping[str, Any], where: Where, fault: Callable[[KeyPath,
 
 def _is_size(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+
+
+def _check_second_copies(zero: Mapping[str, Any], stage: Any, where: Where, fault: Callable[[KeyPath, str], None]) -> None:
+    path = ("zero_optimization", "zero_hpz_partition_size")
+    size = zero.get(path[1], 1)
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        if size != "auto":
+            fault(
+                path, f"{show(size)}{where(path)} must be a number of ranks, 1 or more, that divides all ranks: those of a node"
+            )
+    elif size > 1 and stage in (1, 2):
+        fault(path, f"{size}{where(path)} needs ZeRO stage 3, not {stage}: only there are the parameters spread over the ranks")
 
 
 def _check_offload(
@@ -282,7 +304,7 @@ def _check_offload(
             fault((*path, key), f"is not a key of DeepSpeed{where((*path, key))}{nearest(key, allowed)}")
     device = block.get("device", "none")
     if device == "nvme":
-        fault((*path, "device"), f'"nvme"{where((*path, "device"))} is not supported; use "cpu"')
+        fault((*path, "device"), f'"nvme"{where((*path, "device"))} is not supported: {keys.NO_NVME[path[-1]]}; use "cpu"')
     elif device not in ("none", "cpu"):
         fault((*path, "device"), f'{show(device)}{where((*path, "device"))} must be "cpu" or "none"')
     elif path[-1] == "offload_param" and device == "cpu" and stage in (1, 2):

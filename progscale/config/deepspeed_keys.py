@@ -47,6 +47,11 @@ _PARALLEL = "only data parallelism with ZeRO is supported"
 
 _MONITOR = "DeepSpeed's monitors begin anew at each stage; a run's metrics.jsonl has the whole of it"
 
+NO_NVME = {
+    "offload_optimizer": "between steps its tensors are empty, so that a stage switch or a checkpoint finds no state",
+    "offload_param": "what freezes lies in files that no checkpoint could read, and a second run in nvme_path would delete them",
+}
+
 REFUSED_KEYS = {
     "activation_checkpointing": "it has no effect on transformers models; use train.gradient_checkpointing",
     "aio": 'it is for offload to NVMe, which is not supported; offload to "cpu"',
@@ -163,10 +168,19 @@ FIXED: dict[tuple[str, ...], tuple[object, str]] = {
     ("zero_optimization", "compute_grad_norm"): (True, "every step's gradient is checked before it changes a weight"),
     ("zero_optimization", "offload_optimizer", "ratio"): (1.0, _UNPROVEN),
     ("zero_optimization", "offload_optimizer", "super_offload"): (False, _UNPROVEN),
-    ("zero_optimization", "zero_hpz_partition_size"): (1, _UNPROVEN),
-    ("zero_optimization", "zero_quantized_gradients"): (False, _UNPROVEN),
-    ("zero_optimization", "zero_quantized_nontrainable_weights"): (False, _UNPROVEN),
-    ("zero_optimization", "zero_quantized_weights"): (False, _UNPROVEN),
+    ("zero_optimization", "zero_quantized_gradients"): (
+        False,
+        "its kernel, for CUDA alone, reads fp32 and bf16 gradients as if they were fp16, and within a node nothing is quantised",
+    ),
+    ("zero_optimization", "zero_quantized_nontrainable_weights"): (
+        False,
+        "frozen weights would lose bits for good, and stay 8-bit codes in a stage that thaws them; its kernel is for CUDA alone",
+    ),
+    ("zero_optimization", "zero_quantized_weights"): (
+        False,
+        "its kernel, for CUDA alone, takes multiples of 8 values, which a head of a few labels has not; zero_hpz_partition_size "
+        "loses nothing",
+    ),
     ("zero_allow_untested_optimizer",): (True, "the optimizer is torch's or bitsandbytes', in DeepSpeed's words an untested one"),
     ("zero_force_ds_cpu_optimizer",): (False, "the optimizer is torch's or bitsandbytes', torch's fused on a CPU too"),
 }

@@ -104,4 +104,8 @@ def _partitioning(key: str, base: Mapping[str, Any], merged: Mapping[str, Any]) 
         )
     if before.get("offload_param") != after.get("offload_param"):
         faults.append(Fault(f"{key}.zero_optimization.offload_param", "is one for all stages: it says where the parameters lie"))
+    if before.get("zero_hpz_partition_size", 1) != after.get("zero_hpz_partition_size", 1):
+        faults.append(
+            Fault(f"{key}.zero_optimization.zero_hpz_partition_size", "is one for all stages: it says where the parameters lie")
+        )
     return faults

@@ -16,6 +16,7 @@ import torch
 from packaging.version import Version
 from torch._tensor_str import printoptions
 
+from progscale.config.deepspeed import second_copies
 from progscale.engine.base import Engine, EngineSettings
 from progscale.engine.state import Piece, Shard
 from progscale.errors import UserError
@@ -58,6 +59,8 @@ class DeepSpeedEngine(Engine):
         super().__init__(module, settings, accelerator)
         self._of_stage = of_stage or (lambda stage: deepspeed)
         self._take(deepspeed)
+        # Parameters that are still whole are partitioned by the first stage's engine, in the group that stands there then.
+        second_group(deepspeed)
         self.partitions_parameters = self.zero_stage == 3
         self.scales_loss = settings.precision == "fp16"
         self._engine: Any = None
@@ -89,6 +92,9 @@ class DeepSpeedEngine(Engine):
         for name in self.parameters:
             if name not in build.live:
                 leave_flat_buffer(self._held(name))
+            # DeepSpeed drops second copies after a step of its own, and not when somebody else gave the partitions other values.
+            if getattr(self.parameters[name], "ds_secondary_tensor", None) is not None:
+                vars(self.parameters[name])["ds_secondary_tensor"] = None
         plugin = self.accelerator.state.deepspeed_plugin
         # Accelerate fills "auto" once and keeps the values; each stage writes the whole config anew.
         from accelerate.utils.deepspeed import HfDeepSpeedConfig
@@ -298,13 +304,42 @@ class DeepSpeedEngine(Engine):
         return int(getattr(parameter, "ds_numel", parameter.numel()))
 
     def digests(self, names: Sequence[str]) -> dict[str, str]:
-        """A hash of this rank's bits; under ZeRO-3 it also tells when a copy that stays gathered differs from its partition."""
+        """A hash of this rank's bits; under ZeRO-3 it also tells when a copy that is read instead of the partition differs.
+
+        A collective where parameters have second copies.
+        """
         found = super().digests(names)
         if self.zero_stage == 3:
             for name in names:
                 if not self._copy_agrees(self.parameters[name]):
                     found[name] += ", and the gathered copy differs"
+                if self._second_differs(name):
+                    found[name] += ", and the second copy differs"
         return found
+
+    def second_copy(self, name: str) -> torch.Tensor | None:
+        """This rank's share of the copy that its group of `zero_hpz_partition_size` ranks keeps; None where there is none now.
+
+        It is made when the parameter is partitioned after use, and dropped by the next step if the parameter is live.
+        """
+        held: torch.Tensor | None = getattr(self.parameters[name], "ds_secondary_tensor", None)
+        return held
+
+    def _second_differs(self, name: str) -> bool:
+        """Whether the group's copy is another than the partitions of all ranks make up. A collective."""
+        second = self.second_copy(name)
+        if second is None:  # on all ranks, or on none
+            return False
+        import deepspeed
+
+        parameter: Any = self.parameters[name]
+        # While it is whole already it would be compared with itself.
+        if parameter.ds_status.name == "AVAILABLE" and not parameter.ds_persist:
+            parameter.partition()
+        first = second.numel() * (self.rank % int(parameter.ds_secondary_tensor_group_size))
+        with deepspeed.zero.GatheredParameters([parameter]):
+            mine = parameter.detach().view(-1)[first : first + second.numel()]
+            return not torch.equal(mine, second[: mine.numel()].to(mine.device))
 
     def _copy_agrees(self, parameter: Any) -> bool:
         """Small parameters stay whole on every rank; the forward pass reads that copy and not the partition."""
@@ -345,6 +380,29 @@ class DeepSpeedEngine(Engine):
             vars(scaler).update({k: v for k, v in state.get("deepspeed", {}).items() if k in _SCALER})
             scaler.cur_scale = max(state["loss_scale"], scaler.min_scale)
             scaler.cur_hysteresis = min(scaler.cur_hysteresis, scaler.delayed_shift)
+
+
+# Number of ranks → the group that this rank is in, and the group of all ranks that it is a part of.
+_SECOND_GROUPS: dict[int, tuple[Any, Any]] = {}
+
+
+def second_group(deepspeed: Mapping[str, Any]) -> None:
+    """Has DeepSpeed spread second copies over the ranks that a config says, or keep none. A collective.
+
+    DeepSpeed has one such group in a process and never drops it: whatever is partitioned next would use it too, and a second
+    model with the same option would not be partitioned at all.
+
+    Args:
+        deepspeed: the literal DeepSpeed JSON.
+    """
+    from deepspeed.utils import groups
+
+    size, everyone = second_copies(deepspeed["zero_optimization"]), torch.distributed.group.WORLD
+    if size > 1 and _SECOND_GROUPS.get(size, (None, None))[1] is not everyone:
+        vars(groups)["_ZERO_PARAM_INTRA_PARALLEL_GROUP"] = None
+        groups._create_zero_param_parallel_group(size)
+        _SECOND_GROUPS[size] = groups._get_zero_param_intra_parallel_group(), everyone
+    vars(groups)["_ZERO_PARAM_INTRA_PARALLEL_GROUP"] = _SECOND_GROUPS[size][0] if size > 1 else None
 
 
 def leave_flat_buffer(held: torch.Tensor) -> None:

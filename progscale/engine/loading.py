@@ -13,6 +13,7 @@ import torch
 
 from progscale.blocks import partition
 from progscale.engine import ranks
+from progscale.engine.deepspeed import second_group
 from progscale.errors import ModelError
 from progscale.models.family import Family, ModelRequest
 from progscale.models.loading import adapted, auto_class, load_config, load_model, location, may_lack, stored_otherwise
@@ -227,12 +228,16 @@ def give_back_memory() -> None:
 def partitioner(deepspeed: Mapping[str, Any], dtype: torch.dtype) -> Callable[[torch.nn.Module], None]:
     """A function that partitions the parameters which stand in a module itself. Calling it is a collective."""
     import deepspeed as ds
+    from deepspeed.utils import groups
 
+    second_group(deepspeed)
     config = {**deepspeed, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": dtype == torch.bfloat16}}
     config["fp16"] = {"enabled": dtype == torch.float16}
     config["zero_optimization"] = {key: value for key, value in deepspeed["zero_optimization"].items() if value != "auto"}
+    # It would make the group anew, which it can only once in a process.
+    group = groups._get_zero_param_intra_parallel_group()
     # `zero.Init` partitions all parameters of the module that it is given; the others are partitioned already or empty.
-    init = ds.zero.Init(config_dict_or_path=config, dtype=dtype, enabled=True)
+    init = ds.zero.Init(config_dict_or_path=config, dtype=dtype, enabled=True, zero_param_parallel_group=group)
 
     def partition_own(child: torch.nn.Module) -> None:
         own = list(child.parameters(recurse=False))

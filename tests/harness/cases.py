@@ -45,6 +45,9 @@ def shipped_engine(name: str) -> dict[str, Any]:
 
 ZERO_ENGINES = ("zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
 ENGINES: dict[str, dict[str, Any] | None] = {"plain": None, "ddp": None} | {name: shipped_engine(name) for name in ZERO_ENGINES}
+# Nothing stays whole between two uses, so that every forward and backward pass reads the copies.
+BARE = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
+SECOND_COPIES = {"zero_hpz_partition_size": 2, **BARE}
 # What users change most in a DeepSpeed JSON: engine, a plus, and what is different.
 VARIANTS: dict[str, dict[str, Any]] = {
     "zero1-offload": {"offload_optimizer": {"device": "cpu"}},
@@ -58,6 +61,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "zero3+forgetful": {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0},
     "zero3+overlap": {"overlap_comm": True},
     "zero3+sub_groups": {"sub_group_size": 5000, "stage3_param_persistence_threshold": 0},
+    "zero3+bare": BARE,
+    # Of two ranks both are in one group.
+    "zero3+second_copies": SECOND_COPIES,
+    "zero3-offload+second_copies": SECOND_COPIES,
     "zero3+all_persistent": {"stage3_param_persistence_threshold": 10**9},
     "zero3-offload+optimizer_only": {"offload_param": {"device": "none"}},
 }

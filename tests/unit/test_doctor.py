@@ -204,6 +204,17 @@ def test_what_a_run_refuses_is_a_problem() -> None:
     assert named(doctor.run_checks(Config(), Ranks(2, 2, 0), on_gpu=True))["engine"].found == "ddp, nccl"
 
 
+@pytest.mark.parametrize("count", [4, 6])
+def test_groups_for_second_copies_divide_the_ranks(count: int) -> None:
+    deepspeed = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 4}}
+    config = Config(train=Train(global_batch_size=24), engine=Engine(name="deepspeed", deepspeed=deepspeed))
+    found = named(doctor.run_checks(config, Ranks(count, count, 0), on_gpu=True))["engine"]
+    assert found.status == ("ok" if count == 4 else "problem")
+    if count == 6:
+        says = f"{found.found}; {found.remedy}"
+        assert "zero_hpz_partition_size: 4 ranks in a group do not divide the 6 of this run; allowed: 1, 2, 3, 6" in says
+
+
 def test_the_release_of_deepspeed_and_its_compiler(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

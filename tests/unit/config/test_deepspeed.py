@@ -307,11 +307,28 @@ def test_keys_match_the_installed_deepspeed() -> None:
 @pytest.mark.parametrize(
     ("zero", "key"),
     [
-        ({"stage": 3, "zero_hpz_partition_size": 8}, "zero_hpz_partition_size: 8"),
-        ({"stage": 3, "zero_quantized_weights": True}, "zero_quantized_weights: true"),
-        ({"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "offload_optimizer.ratio: 0.5"),
+        ({"stage": 3, "zero_quantized_weights": True}, "zero_quantized_weights: true.*multiples of 8 values"),
+        ({"stage": 3, "zero_quantized_gradients": True}, "zero_quantized_gradients: true.*as if they were fp16"),
+        ({"stage": 3, "zero_quantized_nontrainable_weights": True}, "nontrainable_weights: true.*lose bits for good"),
+        (
+            {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}},
+            "offload_optimizer.ratio: 0.5.*no stage switch was shown to be exact",
+        ),
+        ({"stage": 3, "mics_shard_size": 2}, "mics_shard_size: not supported.*removed it"),
+        ({"stage": 3, "zero_hpz_partition_size": 0}, "zero_hpz_partition_size: 0.*1 or more, that divides all ranks"),
+        ({"stage": 3, "zero_hpz_partition_size": True}, "zero_hpz_partition_size: true.*must be a number of ranks"),
+        ({"stage": 3, "zero_hpz_partition_size": "auto"}, 'zero_hpz_partition_size: "auto".*is not filled'),
+        ({"stage": 2, "zero_hpz_partition_size": 2}, "zero_hpz_partition_size: 2.*needs ZeRO stage 3, not 2"),
     ],
 )
 def test_what_is_not_shown_to_be_exact_is_refused(zero: dict[str, Any], key: str) -> None:
-    with pytest.raises(ConfigError, match=f"{key}.*no stage switch was shown to be exact"):
+    with pytest.raises(ConfigError, match=key):
         load_config([{"engine": {"deepspeed": {"zero_optimization": zero}}}])
+
+
+def test_second_copies_are_handed_on_and_the_same_in_all_stages() -> None:
+    block = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 4}}
+    assert load_config([block]).engine.deepspeed == block
+    by_stage = {"2-": {"zero_optimization": {"zero_hpz_partition_size": 2}}}
+    with pytest.raises(ConfigError, match=r"by_stage\.2-\.zero_optimization\.zero_hpz_partition_size: is one for all stages"):
+        load_config([{"engine": {"deepspeed": block, "by_stage": by_stage}}])

@@ -20,7 +20,8 @@ GLUE = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")
 
 
 def test_all_are_there() -> None:
-    assert {path.stem for path in ENGINES} == {"demo", "ddp", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload"}
+    engines = {"zero1", "zero2", "zero3", "zero2-offload", "zero3-offload", "zero3-hpz"}
+    assert {path.stem for path in ENGINES} == {"demo", "ddp", *engines}
     assert {path.stem for path in TASKS} == {*GLUE, "squad-v1", "squad-v2"}
     assert len(MODELS) == 6
 
@@ -79,7 +80,7 @@ ACCELERATE = sorted((CONFIGS / "accelerate").glob("*.yaml"))
 
 
 def test_accelerate_files_are_there() -> None:
-    assert {path.stem for path in ACCELERATE} == {"cpu2", "gpu1", "multi-gpu", "multi-node"}
+    assert {path.stem for path in ACCELERATE} == {"cpu2", "gpu1", "multi-gpu", "multi-node", "multi-node-cpu"}
 
 
 @pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.stem)
