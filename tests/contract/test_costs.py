@@ -68,11 +68,12 @@ def test_weights_that_are_let_go_are_gathered_twice(two_ranks: TwoRanks) -> None
     assert more[0] > more[1] > more[2] > 0
 
 
-# The rest is in the long list, and on the wire in tests/cluster/test_traffic.py.
-LONG = [pytest.param(engine, marks=pytest.mark.product) for engine in ("ddp", "zero1", "zero2")]
+# More ranks than a small machine has cores take long; they are on the wire too, in tests/cluster/test_traffic.py.
+DISTRIBUTED = ("ddp", "zero1", "zero2", "zero3")
 
 
-@pytest.mark.parametrize("engine", [*LONG, "zero3"])
+@pytest.mark.product
+@pytest.mark.parametrize("engine", DISTRIBUTED)
 def test_three_ranks(three_ranks: TwoRanks, engine: str) -> None:
     """Parts of a size that three do not divide: ZeRO-3 fills each parameter up, which a plan does not count."""
     padding = {"zero3": 2 * 105 * 2 * 4 * 3}.get(engine, 0)
@@ -82,7 +83,8 @@ def test_three_ranks(three_ranks: TwoRanks, engine: str) -> None:
             assert sent <= found.communicated <= sent + padding + (BUFFERS if engine == "ddp" else TALK)
 
 
-@pytest.mark.parametrize("engine", [*LONG, "zero3"])
+@pytest.mark.product
+@pytest.mark.parametrize("engine", DISTRIBUTED)
 def test_four_ranks(four_ranks: TwoRanks, engine: str) -> None:
     for rank in four_ranks.run("tests.harness.costs:run", engine=engine, rows=24):
         for found in rank:

@@ -77,6 +77,7 @@ VALID: dict[str, st.SearchStrategy[Any]] = {
     "train.fused_optimizer": st.none() | st.booleans(),
     "model.attention": st.sampled_from(["auto", "eager", "sdpa"]),
     "engine.timeout_seconds": st.integers(1, 10**6),
+    "engine.preflight": st.sampled_from(["auto", "off"]),
     "checkpoint.every_steps": st.none() | st.integers(1, 10**6),
     "checkpoint.at_epochs": st.booleans(),
     "checkpoint.at_stages": st.booleans(),
