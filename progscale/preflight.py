@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import itertools
 import json
 import socket
 import statistics
@@ -34,6 +35,8 @@ POLL_SECONDS = 0.0002
 # A node or connection with less than this share of the others' median is told of; ranks of one CPU are in each other's way.
 SLOW_GPU, SLOW_CPU = 0.5, 0.3
 REPEATS = 4
+# A process may begin several runs, and what was put down for one is not for the next; all ranks count alike.
+_MEETINGS = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ def meet(environment: Mapping[str, str], seconds: float, say: Callable[[str], No
         return
     own = read_ranks(environment)
     rank, leads = own.rank or 0, environment.get("LOCAL_RANK", "0") == "0"
-    store = connect_store("progscale/meet", LIMIT_SECONDS)
+    store = connect_store(f"progscale/meet/{next(_MEETINGS)}", LIMIT_SECONDS)
     address = own_address(environment)
     store.set(f"here/{rank}", json.dumps([node_name(environment), address, leads]))
     if rank == 0:
@@ -270,7 +273,7 @@ def measure(device: torch.device, local: int, environment: Mapping[str, str], se
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     count, node, position = world_size // local, rank // local, rank % local
-    store = connect_store("progscale/measure", LIMIT_SECONDS)
+    store = connect_store(f"progscale/measure/{next(_MEETINGS)}", LIMIT_SECONDS)
     size = 2**24 if device.type == "cuda" else 2**19
     found: dict[str, Any] = {"name": node_name(environment), "links": {}}
     try:

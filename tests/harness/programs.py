@@ -91,6 +91,29 @@ def same_config_on_all_ranks(seeds: Sequence[int]) -> str:
     return ""
 
 
+def same_input_on_all_ranks(data: Sequence[str]) -> str:
+    """What a rank says when rank r has read the r-th of these; runs in each rank."""
+    from progscale.joining import check_same_input
+    from progscale.resume import DATA, EPOCH, MODEL
+
+    start_process_group()
+    try:
+        check_same_input({DATA: data[int(os.environ["RANK"])], EPOCH: 3, MODEL: "2 tensors"})
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def measured_here() -> dict[str, Any]:
+    """What a rank measures with the others of this machine; runs in each rank."""
+    import torch
+
+    from progscale.preflight import measure
+
+    start_process_group()
+    return measure(torch.device("cpu"), int(os.environ["LOCAL_WORLD_SIZE"]), os.environ).to_json()
+
+
 def folder_on_all_ranks(path: str) -> str:
     """What a rank says when the main process claims a run folder; runs in each rank."""
     from progscale.engine.ranks import on_main
