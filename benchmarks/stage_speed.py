@@ -16,6 +16,7 @@ real run. The cache's first look is in it, two micro-batches that are computed f
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import tempfile
 import time
@@ -175,6 +176,13 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")
     parser.add_argument("--output", type=Path, help="JSON file of the result")
     options = parser.parse_args(given)
+    for name in options.rows:
+        # The run's very first step is not counted, and every stage needs one that is.
+        fewest = 2 * ROWS[name].stages / ROWS[name].epochs
+        if options.steps_per_epoch < fewest:
+            parser.error(
+                f"--steps-per-epoch: {options.steps_per_epoch}; {name} needs {math.ceil(fewest)}, two steps for each stage"
+            )
     quiet_libraries()
     threads = set_up_cpu(options.threads)
     results = []
