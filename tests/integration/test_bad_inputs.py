@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,8 @@ def test_ranks_with_different_configs(two_ranks: TwoRanks) -> None:
     function = "tests.harness.programs:same_config_on_all_ranks"
     assert two_ranks.run(function, seeds=[1, 1]) == ["", ""]
     told = two_ranks.run(function, seeds=[1, 2])
-    assert told == ["the config on rank 1 is not that of rank 0; start all alike"] * 2
+    here = socket.gethostname()
+    assert told == [f"the config on rank 1 ({here}) is not that of rank 0 ({here}); start all alike"] * 2
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -364,14 +365,17 @@ def test_labels_beyond_number() -> None:
 # -- several processes -----------------------------------------------------------------------------------------------
 
 
-def test_ranks_with_different_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on nodes with checkouts of their own."""
+@pytest.mark.parametrize("what", ["code of progscale", "release of torch"])
+def test_ranks_with_different_code(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """As on nodes with checkouts or environments of their own."""
 
-    def gather(mine: tuple[str, ...]) -> list[tuple[str, ...]]:
-        return [mine, mine, (mine[0], "of another release", *mine[2:]), mine]
+    def gather(mine: tuple[str, dict[str, str]]) -> list[tuple[str, dict[str, str]]]:
+        other = ("node7", {**mine[1], what: "another"})
+        return [("node1", mine[1]), mine, other, other]
 
-    monkeypatch.setattr("progscale.setup.ranks.gather_objects", gather)
-    with pytest.raises(ConfigError, match="the code of progscale on rank 2 is not that of rank 0; start all alike"):
+    monkeypatch.setattr("progscale.joining.ranks.gather_objects", gather)
+    expected = f"the {what} on rank 2, 3 (node7) is not that of rank 0 (node1); start all alike"
+    with pytest.raises(ConfigError, match=re.escape(expected)):
         check_same_on_all_ranks(load_config())
 
 
