@@ -102,7 +102,8 @@ def doctors(hosts: Hosts, *arguments: str) -> list[list[str]]:
 def checks_of(log: Path) -> dict[str, dict[str, str]]:
     """The doctor's answer in a log, by the name of the check."""
     text = log.read_text()
-    answer = json.loads(text[text.index("[\n") : text.rindex("]") + 1])
+    # The launcher's own lines stand before it, and may stand behind it.
+    answer, _ = json.JSONDecoder().raw_decode(text, text.index("[\n"))
     return {check["name"]: check for check in answer}
 
 
