@@ -86,6 +86,7 @@ def examine(config: Config, *, trust_remote_code: bool = False) -> list[Check]:
     checks += [check, *run_checks(config, ranks, on_gpu=bool(gpus))]
     check, elements = model_check(config, Permissions(trust_remote_code=trust_remote_code))
     checks += [check, *(memory_checks(config, elements, ranks, gpus, memory[1]) if elements.total else [])]
+    checks += offload_checks(config, elements, ranks)
     folder, limit = existing(config.run.output_dir), resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     checks += disk_checks(config, elements, folder, disk_bytes(folder)[1], read("/proc/mounts"), limit)
     checks += [*network_checks(os.environ, ranks), *interface_checks(os.environ, ranks, interfaces(), on_gpu=bool(gpus))]
@@ -256,6 +257,18 @@ def memory_checks(config: Config, elements: Elements, ranks: Ranks, gpus: Sequen
         remedy = "" if need <= there else "a higher ZeRO stage, offload, bf16_params, or more machines"
         checks.append(Check(f"memory: {what}", "problem" if remedy else "ok", found, remedy))
     return checks
+
+
+def offload_checks(config: Config, elements: Elements, ranks: Ranks) -> list[Check]:
+    """Whether this machine's ranks can put their partitions where the config offloads the parameters to."""
+    from progscale.engine.mapped import check_folder, folder_of
+    from progscale.estimate import partition_bytes
+
+    folder = folder_of(config.engine.deepspeed)
+    if folder is None:
+        return []
+    needed = ranks.local * partition_bytes(config, elements.total, ranks.world_size)
+    return [told("memory: parameters on disk", "{}", check_folder, folder, needed)]
 
 
 def disk_checks(config: Config, elements: Elements, folder: Path, free: int, mounts: str, file_limit: int) -> list[Check]:

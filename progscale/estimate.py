@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from progscale.config import Config, micro_batch_size
-from progscale.config.deepspeed import second_copies
+from progscale.config.deepspeed import nvme_folder, second_copies
 from progscale.cost import Flops, StateBytes, Traffic, state_bytes
 from progscale.plan import Plan, PlanStage, compute_share
 
@@ -22,15 +22,16 @@ REUSE_DISTANCE = 10**9
 
 @dataclass(frozen=True)
 class RankState:
-    """Bytes of a model's state on one rank, and which of them offload keeps in the CPU's memory."""
+    """Bytes of a model's state on one rank, which of them offload keeps in the CPU's memory, and which in files."""
 
     state: StateBytes
     host: int
+    disk: int = 0
 
     @property
     def device(self) -> int:
         """Where the rank computes."""
-        return self.state.total - self.host
+        return self.state.total - self.host - self.disk
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class StageCost:
             "gradient_bytes": state.gradients,
             "optimizer_bytes": state.optimizer,
             "host_bytes": self.rank.host,
+            "disk_bytes": self.rank.disk,
             "activation_bytes": self.activation_bytes,
             "communicated_bytes": self.communicated_bytes,
             "time_share": self.time_share,
@@ -87,7 +89,8 @@ def rank_state(config: Config, total: int, live: int, four_bit: int, world_size:
 
     With AdamW a live parameter costs 4 + 4 + 8 bytes, a frozen one 4, a quantised one half a byte. Under DeepSpeed `bf16_params`
     and `fp16` cost 2 + 2 + 12 (with fp32 accumulation 2 + 4 + 12; a frozen one 2), and fp32 weights are kept twice (4 + 4 + 12).
-    ZeRO 1 divides the last number by the ranks, 2 the gradients too, 3 the weights too. Second copies of the weights come
+    ZeRO 1 divides the last number by the ranks, 2 the gradients too, 3 the weights too. With parameters on NVMe what
+    is frozen lies in files. Second copies of the weights come
     on top, shared by the ranks of a group; those of what is live lie there from the first backward pass to the step.
 
     Args:
@@ -111,7 +114,14 @@ def rank_state(config: Config, total: int, live: int, four_bit: int, world_size:
     second = (2 if half else 4) * -(-(total - four_bit) // group) if stage == 3 and group > 1 else 0
     state = StateBytes(plain.weights + second, gradients, plain.optimizer + masters)
     host = state.weights * ("param" in offloaded) + (gradients + state.optimizer) * ("optimizer" in offloaded)
-    return RankState(state, host)
+    frozen = partition_bytes(config, max(0, total - live - four_bit), world_size)
+    disk = min(frozen, plain.weights) if nvme_folder(config.engine.deepspeed) is not None else 0
+    return RankState(state, host - disk, disk)
+
+
+def partition_bytes(config: Config, total: int, world_size: int) -> int:
+    """Bytes of one rank's partition of `total` elements under ZeRO-3: what it writes to files at most."""
+    return (2 if zero(config)[2] else 4) * -(-total // world_size)
 
 
 def traffic_of(

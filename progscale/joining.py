@@ -20,7 +20,9 @@ from progscale.config.deepspeed import second_copies
 from progscale.engine import ranks
 from progscale.engine.deepspeed import check_release
 from progscale.engine.launch import check_precision, choose_interface, make_accelerator
+from progscale.engine.mapped import check_folder, folder_of
 from progscale.errors import ConfigError, Fault, UserError
+from progscale.estimate import partition_bytes
 from progscale.launcher import read_ranks
 from progscale.network import measured_checks
 from progscale.preflight import SLOW_CPU, SLOW_GPU, Network, measure, meet, node_name
@@ -129,6 +131,35 @@ def check_engine(config: Config, world_size: int) -> None:
     check_second_copies(config, world_size)
     if config.engine.name == "plain" and world_size > 1:
         raise ConfigError(Fault("engine.name", f"'plain' is one process, but {world_size} were started; take 'ddp' or 'auto'"))
+
+
+def check_disk(config: Config, elements: int, nodes: Nodes) -> None:
+    """Looks on every machine whether its ranks can put their partitions where the config offloads them to. A collective.
+
+    Args:
+        config: of the run.
+        elements: of the model.
+        nodes: of the run.
+
+    Raises:
+        UserError: naming the machines on which they cannot.
+    """
+    folder = folder_of(config.engine.deepspeed)
+    if folder is None:
+        return
+    problem = None
+    try:
+        check_folder(folder, partition_bytes(config, elements, nodes.world_size) * nodes.local)
+    except UserError as error:
+        problem = str(error)
+    found: dict[str, str] = {}
+    for host, told in ranks.gather_objects((node_name(os.environ), problem)):
+        if told is not None:
+            found.setdefault(told, host)
+            if host not in found[told].split(", "):
+                found[told] += f", {host}"
+    if found:
+        raise UserError("\n".join(f"on {hosts}: {told}" for told, hosts in found.items()))
 
 
 def check_second_copies(config: Config, world_size: int) -> None:

@@ -227,14 +227,15 @@ def _gathered_bytes(parameters: int, config: Config) -> int:
 
 
 def _time(plan: Plan, config: Config, cluster: Cluster, cost: StageCost) -> StepTime:
-    state, offloads = cost.rank.state, cost.rank.host > 0
+    state, offloaded = cost.rank.state, cost.rank.host + cost.rank.disk
     return step_time(
         cluster,
         flops=cost.flops.total,
         traffic=cost.traffic,
         bucket=_bucket_bytes(plan, config),
-        state=0 if offloads else state.gradients + state.optimizer,
-        host=cost.rank.host,
+        state=0 if offloaded else state.gradients + state.optimizer,
+        # From files too: the kernel keeps in memory what there is room for, and how much that is nobody knows here.
+        host=offloaded,
     )
 
 

@@ -26,7 +26,7 @@ from progscale.errors import ConfigError, ModelError
 from progscale.export import BASE, describe
 from progscale.folder import check_unfinished, open_folder, restore_replaced, resume_line, unfinished
 from progscale.inputs import NO_PERMISSIONS, Inputs, Permissions, find_inputs
-from progscale.joining import check_same_input, join_ranks, measure_network
+from progscale.joining import check_disk, check_same_input, join_ranks, measure_network
 from progscale.layers import seeded
 from progscale.learning_rate import LearningRate
 from progscale.meters import MemoryMeter
@@ -94,6 +94,8 @@ def prepare(
     if notice is not None:
         console.show(notice)
     nodes = nodes_of(accelerator)
+    if not dry_run:
+        check_disk(config, sum(info.numel for info in parts.parameters.values()), nodes)
     network = measure_network(config, accelerator, nodes, console)
     run_folder = Path(config.run.output_dir) / config.run_name
     if resume in POLICIES and not dry_run:

@@ -196,6 +196,16 @@ def second_copies(zero: Mapping[str, Any]) -> int:
     return int(zero.get("zero_hpz_partition_size", 1))
 
 
+def nvme_folder(deepspeed: Mapping[str, Any] | None) -> str | None:
+    """Where a DeepSpeed JSON wants the files of offloaded parameters; None where it wants none.
+
+    Args:
+        deepspeed: literal keys.
+    """
+    block = ((deepspeed or {}).get("zero_optimization") or {}).get("offload_param") or {}
+    return str(block["nvme_path"]) if block.get("device") == "nvme" else None
+
+
 def check_rest(rest: Mapping[str, Any], where: Where) -> list[Fault]:
     """Faults of what is left for DeepSpeed, after all layers are merged.
 
@@ -302,13 +312,23 @@ def _check_offload(
     for key in block:
         if key not in allowed:
             fault((*path, key), f"is not a key of DeepSpeed{where((*path, key))}{nearest(key, allowed)}")
-    device = block.get("device", "none")
-    if device == "nvme":
-        fault((*path, "device"), f'"nvme"{where((*path, "device"))} is not supported: {keys.NO_NVME[path[-1]]}; use "cpu"')
-    elif device not in ("none", "cpu"):
-        fault((*path, "device"), f'{show(device)}{where((*path, "device"))} must be "cpu" or "none"')
-    elif path[-1] == "offload_param" and device == "cpu" and stage in (1, 2):
+    device, of_parameters = block.get("device", "none"), path[-1] == "offload_param"
+    if device == "nvme" and not of_parameters:
+        fault((*path, "device"), f'"nvme"{where((*path, "device"))} is not supported: {keys.NO_NVME_OPTIMIZER}; use "cpu"')
+    elif device not in ("none", "cpu", "nvme"):
+        allowed_devices = '"cpu", "nvme" or "none"' if of_parameters else '"cpu" or "none"'
+        fault((*path, "device"), f"{show(device)}{where((*path, 'device'))} must be {allowed_devices}")
+    elif of_parameters and device != "none" and stage in (1, 2):
         fault(path, f"needs ZeRO stage 3, not {stage}{where(path)}: only there are the parameters spread over the ranks")
+    elif device == "nvme":
+        folder = block.get("nvme_path")
+        if not isinstance(folder, str) or not folder:
+            given = f"{show(folder)}{where((*path, 'nvme_path'))}" if "nvme_path" in block else f"missing{where(path)}"
+            fault((*path, "nvme_path"), f"{given}; must name a folder on a local disk of each machine")
+        for key in keys.REFUSED_NVME_KEYS.keys() & block.keys():
+            fault(
+                (*path, key), f"{show(block[key])}{where((*path, key))} has no effect: {keys.REFUSED_NVME_KEYS[key]}; remove it"
+            )
 
 
 def _check_others(rest: Mapping[str, Any], where: Where, fault: Callable[[KeyPath, str], None]) -> None:

@@ -47,14 +47,15 @@ _PARALLEL = "only data parallelism with ZeRO is supported"
 
 _MONITOR = "DeepSpeed's monitors begin anew at each stage; a run's metrics.jsonl has the whole of it"
 
-NO_NVME = {
-    "offload_optimizer": "between steps its tensors are empty, so that a stage switch or a checkpoint finds no state",
-    "offload_param": "what freezes lies in files that no checkpoint could read, and a second run in nvme_path would delete them",
-}
+NO_NVME_OPTIMIZER = "between steps its tensors are empty, so that a stage switch or a checkpoint finds no state"
+
+_MAPPED = "with device nvme what is frozen lies in mapped files, which the kernel reads, and what is live in CPU memory"
+# Of `offload_param`, beside device "nvme".
+REFUSED_NVME_KEYS = {"buffer_count": _MAPPED, "buffer_size": _MAPPED, "max_in_cpu": _MAPPED}
 
 REFUSED_KEYS = {
     "activation_checkpointing": "it has no effect on transformers models; use train.gradient_checkpointing",
-    "aio": 'it is for offload to NVMe, which is not supported; offload to "cpu"',
+    "aio": "DeepSpeed's own reads and writes of files; offload_param to nvme maps its files, which the kernel reads",
     "amp": f"{_GONE}; use train.precision",
     "autotuning": "it starts runs of its own; choose the batch sizes in the train section",
     "check_overflow": "the engine checks every gradient before the step; see train.nonfinite",

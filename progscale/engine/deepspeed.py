@@ -7,7 +7,6 @@ to False would not do: ZeRO fills a missing gradient with zeros, and momentum an
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -18,6 +17,7 @@ from torch._tensor_str import printoptions
 
 from progscale.config.deepspeed import second_copies
 from progscale.engine.base import Engine, EngineSettings
+from progscale.engine.mapped import as_deepspeed_reads_it, folder_of, is_mapped, to_file
 from progscale.engine.state import Piece, Shard
 from progscale.errors import UserError
 from progscale.models.lookup import hidden_size
@@ -81,6 +81,7 @@ class DeepSpeedEngine(Engine):
         self.deepspeed = dict(deepspeed)
         zero = self.deepspeed["zero_optimization"]
         self.zero_stage = int(zero["stage"])
+        self._folder = folder_of(self.deepspeed)
         self.offloads = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
         self.name = f"zero{self.zero_stage}" + ("-offload" if self.offloads else "")
 
@@ -91,7 +92,7 @@ class DeepSpeedEngine(Engine):
         self._take(self._of_stage(build.stage.index))
         for name in self.parameters:
             if name not in build.live:
-                leave_flat_buffer(self._held(name))
+                self._park(name)
             # DeepSpeed drops second copies after a step of its own, and not when somebody else gave the partitions other values.
             if getattr(self.parameters[name], "ds_secondary_tensor", None) is not None:
                 vars(self.parameters[name])["ds_secondary_tensor"] = None
@@ -107,6 +108,19 @@ class DeepSpeedEngine(Engine):
         # ZeRO-3 formats its arguments for a log line that is not printed, all values of all parameters among them.
         with printoptions(threshold=0, edgeitems=1):
             self._engine, _ = self.accelerator.prepare(self.module, optimizer)
+        if self._folder is not None:
+            # A model that was built whole is partitioned by the first engine.
+            for name in self.parameters:
+                if name not in build.live:
+                    self._park(name)
+
+    def _park(self, name: str) -> None:
+        """Has what is frozen lie where it stays: in memory of its own, or in a file."""
+        held = self._held(name)
+        if self._folder is not None and hasattr(self.parameters[name], "ds_tensor"):
+            to_file(held, self._folder)
+        if not is_mapped(held):
+            leave_flat_buffer(held)
 
     def _release(self) -> None:
         engine, self._engine = self._engine, None
@@ -459,7 +473,7 @@ def _offsets(zero: Any, group: int, parameters: Sequence[torch.Tensor]) -> list[
 
 def stage_config(deepspeed: Mapping[str, Any], settings: EngineSettings, world_size: int, hidden: int) -> dict[str, Any]:
     """A stage's whole DeepSpeed config: the user's literal keys, ours, and "auto" values filled."""
-    config = copy.deepcopy(dict(deepspeed))
+    config = as_deepspeed_reads_it(deepspeed)
     config.update(
         train_micro_batch_size_per_gpu=settings.micro_batch_size,
         # Accumulation is ours: the boundary is set before each micro-batch and nothing is scaled by this number. Above 1

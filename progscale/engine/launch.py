@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import datetime
 import os
 import shutil
@@ -18,6 +17,7 @@ import torch
 from progscale.engine import ranks
 from progscale.engine.base import Engine, EngineSettings
 from progscale.engine.local import LocalEngine
+from progscale.engine.mapped import as_deepspeed_reads_it
 from progscale.errors import UserError
 from progscale.launcher import interface_towards, keeps_store, read_ranks, try_port
 
@@ -234,4 +234,4 @@ def find_compiler() -> None:
 
 def _accelerate_config(deepspeed: Mapping[str, Any]) -> dict[str, Any]:
     """A config that satisfies Accelerate's own start; every stage writes its real one."""
-    return {**copy.deepcopy(dict(deepspeed)), "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2}
+    return {**as_deepspeed_reads_it(deepspeed), "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2}

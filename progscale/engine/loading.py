@@ -14,6 +14,7 @@ import torch
 from progscale.blocks import partition
 from progscale.engine import ranks
 from progscale.engine.deepspeed import second_group
+from progscale.engine.mapped import as_deepspeed_reads_it, folder_of, to_file
 from progscale.errors import ModelError
 from progscale.models.family import Family, ModelRequest
 from progscale.models.loading import adapted, auto_class, load_config, load_model, location, may_lack, stored_otherwise
@@ -55,7 +56,7 @@ def whole_for_peft(deepspeed: Mapping[str, Any] | None) -> Iterator[None]:
     if int((deepspeed or {}).get("zero_optimization", {}).get("stage", 0)) == 3:
         from transformers.integrations import HfDeepSpeedConfig
 
-        known = HfDeepSpeedConfig(dict(deepspeed or {}))
+        known = HfDeepSpeedConfig(as_deepspeed_reads_it(deepspeed or {}))
     try:
         yield
     finally:
@@ -231,6 +232,7 @@ def partitioner(deepspeed: Mapping[str, Any], dtype: torch.dtype) -> Callable[[t
     from deepspeed.utils import groups
 
     second_group(deepspeed)
+    folder, deepspeed = folder_of(deepspeed), as_deepspeed_reads_it(deepspeed)
     config = {**deepspeed, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": dtype == torch.bfloat16}}
     config["fp16"] = {"enabled": dtype == torch.float16}
     config["zero_optimization"] = {key: value for key, value in deepspeed["zero_optimization"].items() if value != "auto"}
@@ -245,5 +247,9 @@ def partitioner(deepspeed: Mapping[str, Any], dtype: torch.dtype) -> Callable[[t
             if not hasattr(parameter, "ds_id"):  # a tied tensor is partitioned already
                 parameter.data = parameter.data.to(dtype)
         init._convert_to_zero_parameters(own)
+        if folder is not None:
+            for parameter in own:
+                held: torch.Tensor = vars(parameter)["ds_tensor"]
+                to_file(held, folder)
 
     return partition_own

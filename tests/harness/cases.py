@@ -8,6 +8,7 @@ import importlib
 import json
 import math
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import PreTrainedConfig
 
 from progscale.blocks import partition
 from progscale.compiling import Compiler
+from progscale.engine import mapped
 from progscale.engine.base import Engine, EngineSettings
 from progscale.engine.deepspeed import DeepSpeedEngine
 from progscale.engine.launch import create_engine, make_accelerator, set_up_cpu
@@ -48,6 +50,9 @@ ENGINES: dict[str, dict[str, Any] | None] = {"plain": None, "ddp": None} | {name
 # Nothing stays whole between two uses, so that every forward and backward pass reads the copies.
 BARE = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
 SECOND_COPIES = {"zero_hpz_partition_size": 2, **BARE}
+# Frozen partitions in files, also those of tensors as small as these.
+mapped.SMALLEST = 1
+FILES = {"device": "nvme", "nvme_path": tempfile.gettempdir()}
 # What users change most in a DeepSpeed JSON: engine, a plus, and what is different.
 VARIANTS: dict[str, dict[str, Any]] = {
     "zero1-offload": {"offload_optimizer": {"device": "cpu"}},
@@ -65,6 +70,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # Of two ranks both are in one group.
     "zero3+second_copies": SECOND_COPIES,
     "zero3-offload+second_copies": SECOND_COPIES,
+    "zero3+files": {"offload_param": FILES, **BARE},
+    "zero3-offload+files": {"offload_param": FILES},
+    "zero3-offload+files_and_copies": {"offload_param": FILES, **SECOND_COPIES},
     "zero3+all_persistent": {"stage3_param_persistence_threshold": 10**9},
     "zero3-offload+optimizer_only": {"offload_param": {"device": "none"}},
 }

@@ -22,6 +22,7 @@ from progscale import doctor
 from progscale.config import Checkpoint, Config, Engine, Run, Task, Train, load_config
 from progscale.doctor import Check, Elements, Gpu, Ranks
 from progscale.errors import ConfigError
+from progscale.estimate import rank_state
 from progscale.inputs import NO_PERMISSIONS
 from progscale.memory import memory_of
 from progscale.plan import plan_for
@@ -312,6 +313,26 @@ def test_data_that_is_not_there_is_a_problem(tmp_path: Path) -> None:
 def test_bytes_of_a_rank(config: Config, world_size: int, device: int, host: int) -> None:
     """1000 parameters, of which 800 are trained."""
     assert doctor.state_of(config, Elements(1000, 800), world_size) == (device, host)
+
+
+def test_parameters_on_a_disk(tmp_path: Path) -> None:
+    """What is frozen takes no memory, and the folder is looked at."""
+    config, blocks = zero(3, optimizer="cpu", param="nvme"), Elements(1000, 800)
+    assert config.engine.deepspeed is not None
+    config.engine.deepspeed["zero_optimization"]["offload_param"]["nvme_path"] = str(tmp_path)
+    assert doctor.state_of(config, blocks, 4) == (0, 200 * 4 + 200 * 4 + 200 * 12)
+    assert rank_state(config, 1000, 800, 0, 4, 8).disk == 50 * 4
+    (check,) = doctor.offload_checks(config, Elements(2**20, 0), Ranks(4, 2, 0))
+    assert check.status == "ok" and check.found.startswith("2.0 MiB for partitions of the parameters, of ")
+    config.engine.deepspeed["zero_optimization"]["offload_param"]["nvme_path"] = str(tmp_path / "none")
+    (check,) = doctor.offload_checks(config, blocks, Ranks())
+    assert check == Check(
+        "memory: parameters on disk",
+        "problem",
+        f"engine.deepspeed.zero_optimization.offload_param.nvme_path: '{tmp_path / 'none'}' is not a folder",
+        "make one on a disk of this machine",
+    )
+    assert doctor.offload_checks(zero(3, param="cpu"), blocks, Ranks()) == []
 
 
 def test_memory_that_is_short() -> None:

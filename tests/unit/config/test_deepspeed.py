@@ -152,7 +152,9 @@ REFUSED = [
     (zero() | {"zero_force_ds_cpu_optimizer": True}, r"zero_force_ds_cpu_optimizer: true .*torch's or bitsandbytes'"),
     (zero() | {"zero_allow_untested_optimizer": False}, r"zero_allow_untested_optimizer: false .*torch's or bitsandbytes'"),
     (zero(offload_param={"device": "cpu"}), r"offload_param: needs ZeRO stage 3, not 2"),
-    (zero() | {"aio": {"block_size": 1048576}}, r"aio: .*NVMe"),
+    (zero() | {"aio": {"block_size": 1048576}}, r"aio: .*the kernel reads"),
+    (zero(offload_param={"device": "nvme", "nvme_path": "/scratch"}), r"offload_param: needs ZeRO stage 3, not 2"),
+    (zero(offload_param={"device": "disk"}), r'"disk" .*must be "cpu", "nvme" or "none"'),
     (zero(offload_optimizer={"device": "nvme"}), r"offload_optimizer\.device: \"nvme\" .*use \"cpu\""),
     (zero(offload_optimizer={"device": "gpu"}), r"\"gpu\" .*must be \"cpu\" or \"none\""),
     (zero(offload_optimizer={"devise": "cpu"}), r"devise: is not a key .*'device'"),
@@ -318,12 +320,26 @@ def test_keys_match_the_installed_deepspeed() -> None:
         ({"stage": 3, "zero_hpz_partition_size": 0}, "zero_hpz_partition_size: 0.*1 or more, that divides all ranks"),
         ({"stage": 3, "zero_hpz_partition_size": True}, "zero_hpz_partition_size: true.*must be a number of ranks"),
         ({"stage": 3, "zero_hpz_partition_size": "auto"}, 'zero_hpz_partition_size: "auto".*is not filled'),
+        ({"stage": 3, "offload_param": {"device": "nvme"}}, "nvme_path: missing.*a folder on a local disk"),
+        ({"stage": 3, "offload_param": {"device": "nvme", "nvme_path": 3}}, "nvme_path: 3.*must name a folder"),
+        (
+            {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/scratch", "buffer_count": 5}},
+            "buffer_count: 5.*has no effect.*remove it",
+        ),
         ({"stage": 2, "zero_hpz_partition_size": 2}, "zero_hpz_partition_size: 2.*needs ZeRO stage 3, not 2"),
     ],
 )
 def test_what_is_not_shown_to_be_exact_is_refused(zero: dict[str, Any], key: str) -> None:
     with pytest.raises(ConfigError, match=key):
         load_config([{"engine": {"deepspeed": {"zero_optimization": zero}}}])
+
+
+def test_parameters_on_nvme_are_the_same_in_all_stages() -> None:
+    block = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/scratch"}}}
+    assert load_config([block]).engine.deepspeed == block
+    by_stage = {"2-": {"zero_optimization": {"offload_param": {"device": "cpu"}}}}
+    with pytest.raises(ConfigError, match=r"by_stage\.2-\.zero_optimization\.offload_param: is one for all stages"):
+        load_config([{"engine": {"deepspeed": block, "by_stage": by_stage}}])
 
 
 def test_second_copies_are_handed_on_and_the_same_in_all_stages() -> None:
