@@ -99,7 +99,9 @@ def main(given: Sequence[str] | None = None) -> None:
     assert on_disk is not None
     on_disk["zero_optimization"]["offload_param"] |= {"device": "nvme", "nvme_path": str(options.folder)}
     ZERO[DISK] = on_disk
-    results = [stage for _ in range(options.rounds) for kind in (MEMORY, DISK) for stage in measure(kind, options)]
+    # Which side is first shows too, so that it changes.
+    turns = [kind for round in range(options.rounds) for kind in ((MEMORY, DISK) if round % 2 == 0 else (DISK, MEMORY))]
+    results = [stage for kind in turns for stage in measure(kind, options)]
     if torch.distributed.is_initialized() and torch.distributed.get_rank():
         return
     show_machine()

@@ -432,7 +432,8 @@ def run_submit(options: argparse.Namespace) -> int:
     """The command `submit`."""
     for module in options.plugin:
         import_plugin(module)
-    from progscale.submit import Request, submit
+    from progscale.submit.request import Request
+    from progscale.submit.submission import submit
 
     return submit(Request(**{field.name: getattr(options, field.name) for field in fields(Request)}))
 

@@ -19,7 +19,8 @@ import pytest
 from progscale import slurm
 from progscale.errors import ConfigError
 from progscale.slurm import Gpus, Node, Partition, Wanted, clean_environment, parse_sinfo, refusals, share_of_cpus
-from progscale.submit import TEMPLATE, Request, arguments_of, check, exports_of, fill, fill_for, text_of
+from progscale.submit.request import TEMPLATE, Request, check
+from progscale.submit.script import arguments_of, exports_of, fill, fill_for, text_of
 from tests.harness.programs import REPOSITORY, Answer, in_process
 
 # As SLURM 22.05 prints it; the last partition has a default time limit and limits on nodes and CPUs.
