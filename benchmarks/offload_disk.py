@@ -40,7 +40,7 @@ def measure(kind: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A run of one engine kind, by stage."""
     gc.collect()
     give_back_memory()
-    before = status_bytes("RssAnon")
+    before = {key: status_bytes(key) for key in ("RssAnon", "RssFile")}
     engine, parts, method = random_engine(
         kind, options.model, options.precision, options.rows, **shape_overrides(options.blocks, options.hidden)
     )
@@ -66,8 +66,8 @@ def measure(kind: str, options: argparse.Namespace) -> list[dict[str, Any]]:
             {
                 "engine": kind,
                 "stage": build.stage.index,
-                "memory_bytes": status_bytes("RssAnon") - before,
-                "file_bytes": status_bytes("RssFile"),
+                "memory_bytes": status_bytes("RssAnon") - before["RssAnon"],
+                "file_bytes": status_bytes("RssFile") - before["RssFile"],
                 "switch_seconds": switch.seconds,
                 "step_seconds": statistics.median(seconds[1:]),
             }

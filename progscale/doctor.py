@@ -19,7 +19,7 @@ from progscale.checks import Check, Status, size, told
 from progscale.config import Config, micro_batch_size
 from progscale.errors import UserError
 from progscale.launcher import Ranks, read_ranks
-from progscale.memory import machine_memory, read
+from progscale.memory import file_system, machine_memory, read
 from progscale.network import infiniband, interface_checks, interfaces, network_checks, setting_checks, signal_check
 
 if TYPE_CHECKING:
@@ -281,10 +281,7 @@ def disk_checks(config: Config, elements: Elements, folder: Path, free: int, mou
 
     keep, shard = config.checkpoint.keep, config.checkpoint.shard_megabytes * 2**20
     checks = [writable("checkpoints: folder", folder, "choose another with --set run.output_dir=…")]
-    places = [line.split()[1:3] for line in mounts.splitlines()]
-    # The longest path holds the folder; of several file systems on one path the last one is seen.
-    fits = [(len(where), index, kind) for index, (where, kind) in enumerate(places) if folder.is_relative_to(where)]
-    kind = max(fits)[2] if fits else "not known"
+    kind = file_system(folder, mounts)
     why = FILE_SYSTEMS.get(kind, "")
     checks.append(Check("checkpoints: file system", "note" if why else "ok", kind, why))
     if elements.total:

@@ -125,7 +125,15 @@ def partition_bytes(config: Config, total: int, world_size: int) -> int:
 
 
 def traffic_of(
-    config: Config, *, live: int, gathered: int, again: int, whole: int, world_size: int, micro_batches: int
+    config: Config,
+    *,
+    live: int,
+    gathered: int,
+    again: int,
+    whole: int,
+    world_size: int,
+    micro_batches: int,
+    gathered_live: int = 0,
 ) -> Traffic:
     """Bytes that a rank hands to collectives in a step: gradients of what is live, and weights that others hold.
 
@@ -137,6 +145,8 @@ def traffic_of(
         whole: elements that it keeps whole on every rank, and gathers after each step, frozen ones too.
         world_size: ranks.
         micro_batches: of a rank in a step.
+        gathered_live: elements of `gathered` that are trained: from all ranks once after each step, where second copies in a
+            group of ranks serve for all else. (In the first step of a stage what is frozen comes from all ranks too.)
     """
     if world_size == 1:
         return Traffic()
@@ -148,7 +158,11 @@ def traffic_of(
     # scatter them; DeepSpeed reduces them everywhere and keeps its part (0.19.8, `use_multi_rank_bucket_allreduce`).
     reduced = width * live * (1 if stage == 1 else micro_batches)
     if stage == 3:
-        return Traffic(reduce_scatter=reduced, all_gather=width * ((gathered + again) * micro_batches + whole))
+        every, group = (gathered + again) * micro_batches, second_copies((config.engine.deepspeed or {})["zero_optimization"])
+        if group > 1:
+            near, far = width * (every - gathered_live), width * (gathered_live + whole)
+            return Traffic(reduce_scatter=reduced, all_gather=far, gather_in_group=near, group=group)
+        return Traffic(reduce_scatter=reduced, all_gather=width * (every + whole))
     return Traffic(all_reduce=reduced, all_gather=width * live)
 
 
@@ -200,6 +214,7 @@ def stage_costs(
                     live=stage.trainable_parameters,
                     gathered=gathered,
                     again=gathered_again(plan, stage, threshold, distance),
+                    gathered_live=sum(plan.sizes[name] for name in stage.live if plan.sizes[name] > threshold),
                     whole=sum(plan.sizes.values()) - gathered,
                     world_size=world_size,
                     micro_batches=micro_batches,

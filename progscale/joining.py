@@ -150,7 +150,7 @@ def check_disk(config: Config, elements: int, nodes: Nodes) -> None:
     problem = None
     try:
         check_folder(folder, partition_bytes(config, elements, nodes.world_size) * nodes.local)
-    except UserError as error:
+    except (UserError, OSError) as error:
         problem = str(error)
     found: dict[str, str] = {}
     for host, told in ranks.gather_objects((node_name(os.environ), problem)):

@@ -1,4 +1,4 @@
-"""Memory of this machine and of this process, as Linux tells of it; 0 on systems that do not."""
+"""Memory and file systems of this machine, as Linux tells of them; 0 and "not known" on systems that do not."""
 
 from __future__ import annotations
 
@@ -42,6 +42,14 @@ def status_bytes(key: str) -> int:
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
     return 0
+
+
+def file_system(folder: Path, mounts: str) -> str:
+    """The kind of file system that a folder without links is on, by the content of /proc/mounts; "not known" without it."""
+    places = [line.split()[1:3] for line in mounts.splitlines()]
+    # The longest path holds the folder; of several file systems on one path the last one is seen.
+    fits = [(len(where), index, kind) for index, (where, kind) in enumerate(places) if folder.is_relative_to(where)]
+    return max(fits)[2] if fits else "not known"
 
 
 def read(path: str | Path) -> str:

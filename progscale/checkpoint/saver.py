@@ -17,6 +17,7 @@ from progscale.checkpoint import shards
 from progscale.checkpoint.manifest import FileInfo
 from progscale.checkpoint.store import Store
 from progscale.engine.base import Engine
+from progscale.engine.mapped import is_mapped
 from progscale.engine.state import Slice
 from progscale.errors import CheckpointError
 
@@ -188,7 +189,10 @@ class Saver:
             part.failure = f"{type(error).__name__}: {error}" if not isinstance(error, OSError) else str(error)
 
     def _copied(self, slices: list[Slice]) -> Iterator[Slice] | None:
-        """The slices with copies of their tensors, all in one buffer that stays for the next save; None without memory for it."""
+        """The slices with copies of their tensors, all in one buffer that stays for the next save; None without memory for it.
+
+        What lies in a file is frozen: its view keeps the file, whatever becomes of the parameter.
+        """
         if self._reserving is not None:
             self._reserving.join()
             self._reserving = None
@@ -199,6 +203,8 @@ class Saver:
 
         def copy(tensor: torch.Tensor) -> torch.Tensor:
             nonlocal offset
+            if is_mapped(tensor):
+                return tensor.detach().view(-1)
             size = tensor.numel() * tensor.element_size()
             place = self._copy[offset : offset + size].view(tensor.dtype)
             offset += _aligned(size)
@@ -263,7 +269,8 @@ class Saver:
 
 def _room(slices: Iterable[Slice]) -> int:
     """Bytes that copies of the slices' tensors take in one buffer."""
-    return sum(_aligned(tensor.numel() * tensor.element_size()) for part in slices for tensor in part.all_tensors())
+    tensors = (tensor for part in slices for tensor in part.all_tensors() if not is_mapped(tensor))
+    return sum(_aligned(tensor.numel() * tensor.element_size()) for tensor in tensors)
 
 
 def _aligned(size: int) -> int:

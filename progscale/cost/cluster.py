@@ -15,19 +15,34 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that a rank hands to collectives, by what those do; each counts the whole tensor."""
+    """Bytes that a rank hands to collectives, by what those do; each counts the whole tensor.
+
+    Attributes:
+        all_reduce: of all ranks.
+        all_gather: from all ranks.
+        reduce_scatter: over all ranks.
+        gather_in_group: from the ranks of a group.
+        group: ranks of such a group.
+    """
 
     all_reduce: int = 0
     all_gather: int = 0
     reduce_scatter: int = 0
+    gather_in_group: int = 0
+    group: int = 1
 
     @property
     def total(self) -> int:
         """Of all kinds."""
-        return self.all_reduce + self.all_gather + self.reduce_scatter
+        return self.all_reduce + self.all_gather + self.reduce_scatter + self.gather_in_group
+
+    @property
+    def group_wire(self) -> float:
+        """Bytes that each rank of a group's ring sends."""
+        return self.gather_in_group * (self.group - 1) / self.group
 
     def wire(self, world_size: int) -> float:
-        """Bytes that each rank of a ring sends."""
+        """Bytes that each rank of a ring of all sends."""
         return (2 * self.all_reduce + self.all_gather + self.reduce_scatter) * (world_size - 1) / world_size
 
 
@@ -141,11 +156,16 @@ def step_time(cluster: Cluster, *, flops: float, traffic: Traffic, bucket: float
         host: bytes of gradients, weights and state that offload moves between GPU and CPU.
     """
     ranks = cluster.world_size
-    wire = traffic.wire(ranks)
-    slowest = wire / cluster.between if cluster.nodes > 1 else 0.0
+    wire, counts = traffic.wire(ranks), [traffic.all_reduce, traffic.all_gather, traffic.reduce_scatter]
+    between = wire
+    if traffic.group > cluster.gpus:
+        # The group is on several nodes.
+        between += traffic.group_wire
+        counts.append(traffic.gather_in_group)
+    slowest = between / cluster.between if cluster.nodes > 1 else 0.0
     if cluster.gpus > 1:
-        slowest = max(slowest, wire / cluster.within)
-    calls = sum(math.ceil(count / bucket) for count in (traffic.all_reduce, traffic.all_gather, traffic.reduce_scatter))
+        slowest = max(slowest, (wire + traffic.group_wire) / cluster.within)
+    calls = sum(math.ceil(count / bucket) for count in counts)
     waits = calls * cluster.latency * math.ceil(math.log2(ranks)) if ranks > 1 else 0.0
     update = 2 * state / cluster.memory_bandwidth + 2 * host / HOST_LINK
     return StepTime(flops / ranks / cluster.flops, slowest + waits, update)

@@ -17,7 +17,7 @@ from torch._tensor_str import printoptions
 
 from progscale.config.deepspeed import second_copies
 from progscale.engine.base import Engine, EngineSettings
-from progscale.engine.mapped import as_deepspeed_reads_it, folder_of, is_mapped, to_file
+from progscale.engine.mapped import as_deepspeed_reads_it, folder_of, give_back_pinned, is_mapped, to_file
 from progscale.engine.state import Piece, Shard
 from progscale.errors import UserError
 from progscale.models.lookup import hidden_size
@@ -113,6 +113,7 @@ class DeepSpeedEngine(Engine):
             for name in self.parameters:
                 if name not in build.live:
                     self._park(name)
+            give_back_pinned()
 
     def _park(self, name: str) -> None:
         """Has what is frozen lie where it stays: in memory of its own, or in a file."""

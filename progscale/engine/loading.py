@@ -14,7 +14,7 @@ import torch
 from progscale.blocks import partition
 from progscale.engine import ranks
 from progscale.engine.deepspeed import second_group
-from progscale.engine.mapped import as_deepspeed_reads_it, folder_of, to_file
+from progscale.engine.mapped import as_deepspeed_reads_it, folder_of, give_back_pinned, to_file
 from progscale.errors import ModelError
 from progscale.models.family import Family, ModelRequest
 from progscale.models.loading import adapted, auto_class, load_config, load_model, location, may_lack, stored_otherwise
@@ -101,6 +101,8 @@ def load_partitioned(request: ModelRequest, family: Family, deepspeed: Mapping[s
             path, key = sources[name]
             with safe_open(path, framework="pt") as file:
                 module.get_submodule(parent)._buffers[own_name] = file.get_tensor(key).to(buffer.dtype)
+    if folder_of(deepspeed) is not None:
+        give_back_pinned()
     # Tied names still point at the empty tensor that was there before.
     module.tie_weights()
     if module.can_generate():

@@ -19,9 +19,13 @@ import torch
 
 from progscale.config.deepspeed import nvme_folder
 from progscale.errors import UserError
+from progscale.memory import file_system, read
 
 # Bytes from which a tensor is worth a file: a page is 4 KiB, and a process has 65,530 mappings.
 SMALLEST = 64 * 1024
+PAGE = 4096
+# File systems.
+IN_MEMORY = ("tmpfs", "ramfs")
 KEY = "engine.deepspeed.zero_optimization.offload_param.nvme_path"
 
 
@@ -51,32 +55,44 @@ def to_file(held: torch.Tensor, folder: Path) -> None:
         folder: on a local disk.
 
     Raises:
-        UserError: the disk is full, or cannot be written.
+        UserError: the disk is full, or files in the folder cannot be written or mapped.
     """
     size = held.numel() * held.element_size()
     if held.device.type != "cpu" or size < SMALLEST or is_mapped(held):
         return
+    held.data = _in_file(held.detach().view(-1), folder).view(held.shape)
+
+
+def _in_file(flat: torch.Tensor, folder: Path) -> torch.Tensor:
+    """A copy of a tensor in a file."""
+    content = flat.view(torch.uint8).numpy().data
     try:
         number, name = tempfile.mkstemp(prefix="progscale-", suffix=".partition", dir=folder)
-        try:
-            with open(number, "wb", buffering=0) as file:
-                # Written and not mapped first: a full disk is then an error, and no signal that ends the process.
-                left = held.detach().view(-1).view(torch.uint8).numpy().data
-                while left:
-                    left = left[file.write(left) :]
-            mapped = torch.from_file(name, shared=True, size=held.numel(), dtype=held.dtype)
-        finally:
-            os.unlink(name)
-    except OSError as error:
-        raise UserError(f"{KEY}: {size} bytes cannot be written to '{folder}' ({error.strerror})") from error
-    held.data = mapped.view(held.shape)
-    vars(held)["mapped_at"] = held.data_ptr()
+        # At once: a process may be killed while it writes, and nobody would clear up.
+        os.unlink(name)
+        with open(number, "wb", buffering=0) as file:
+            left = content
+            # Written and not mapped first: a full disk is then an error, and no signal that ends the process.
+            while left:
+                left = left[file.write(left) :]
+            return torch.from_file(f"/dev/fd/{number}", shared=True, size=flat.numel(), dtype=flat.dtype)
+    except (OSError, RuntimeError) as error:  # the latter from torch, where a file system maps no files
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise UserError(f"{KEY}: {len(content)} bytes cannot be put into a file in '{folder}' ({reason})") from error
 
 
-def is_mapped(held: torch.Tensor) -> bool:
-    """Whether a tensor's bytes lie in a file of `to_file`."""
-    # DeepSpeed gives the same tensor other memory when it becomes live.
-    return getattr(held, "mapped_at", None) == held.data_ptr()
+def is_mapped(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's bytes lie in a file."""
+    return tensor.device.type == "cpu" and tensor.untyped_storage().filename is not None
+
+
+def give_back_pinned() -> None:
+    """Returns to the system what torch keeps of pinned memory that was freed: what lies in files now was pinned before."""
+    if torch.cuda.is_available():
+        # A name of its own since torch 2.12 or so.
+        empty = getattr(torch.accelerator, "empty_host_cache", None) or getattr(torch._C, "_host_emptyCache", None)
+        if empty is not None:
+            empty()
 
 
 def check_folder(folder: Path, needed: int) -> str:
@@ -90,18 +106,20 @@ def check_folder(folder: Path, needed: int) -> str:
         What was found.
 
     Raises:
-        UserError: it is no folder, cannot be written, or has too little room.
+        UserError: it is no folder, lies in memory, files in it cannot be written or mapped, or it has too little room.
     """
-    if not folder.is_dir():
-        raise UserError(f"{KEY}: '{folder}' is not a folder; make one on a disk of this machine")
     try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        if not folder.is_dir():
+            raise UserError(f"{KEY}: '{folder}' is not a folder; make one on a disk of this machine")
         about = os.statvfs(folder)
+        kind = file_system(folder.resolve(), read("/proc/mounts"))
     except OSError as error:
-        raise UserError(f"{KEY}: '{folder}' cannot be written ({error.strerror})") from error
+        raise UserError(f"{KEY}: '{folder}' cannot be read ({error.strerror})") from error
+    if kind in IN_MEMORY:
+        raise UserError(f"{KEY}: '{folder}' is on a {kind}, which lies in memory itself; take a folder on a disk of this machine")
+    _in_file(torch.zeros(PAGE, dtype=torch.uint8), folder)
     free = about.f_bavail * about.f_frsize
-    found = f"{needed / 2**20:.1f} MiB for partitions of the parameters, of {free / 2**20:.1f} MiB free in {folder}"
+    found = f"{needed / 2**20:.1f} MiB for partitions of the parameters, of {free / 2**20:.1f} MiB free in {folder} ({kind})"
     if needed > free:
         raise UserError(f"{KEY}: {found}; take a folder on a larger disk, or more machines")
     return found

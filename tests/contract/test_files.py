@@ -60,3 +60,9 @@ def test_stopped(two_ranks: TwoRanks, tmp_path: Path, step: int, background: boo
     for engine in (ENGINE, "zero3-offload"):
         rest = two_ranks.run("tests.harness.checkpoints:go_on", engine=engine, step=step, **case)[0]
         same_bits(rest, whole, step)
+
+
+def test_a_background_save_copies_no_files(two_ranks: TwoRanks, tmp_path: Path) -> None:
+    """They would come back into memory, and stay."""
+    for copied, all_of_it in two_ranks.run("tests.harness.files:copied_for_a_save", folder=str(tmp_path)):
+        assert 0 < copied < all_of_it

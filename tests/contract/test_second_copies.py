@@ -60,6 +60,18 @@ def test_what_is_there_when(four_ranks: TwoRanks) -> None:
         check(found)
 
 
+def test_what_comes_from_whom_is_planned(four_ranks: TwoRanks) -> None:
+    for rank in four_ranks.run("tests.harness.second_copies:counted_and_planned"):
+        for counted, planned in rank:
+            # What a hundred tensors are padded with, each time they are gathered.
+            far, near = (4 * counted[ranks] for ranks in (4, 2))
+            assert 0 <= far - planned.all_gather <= 100 * 3 * 4
+            assert 0 <= near - planned.gather_in_group <= 4 * 100 * 3 * 4
+            assert planned.group == 2
+        shares = [planned.all_gather / planned.total for _, planned in rank]
+        assert shares == sorted(shares, reverse=True), "the more is frozen the less comes from afar"
+
+
 def check(found: Copies) -> None:
     held, planned = found.bytes
     # What the partitions of a hundred tensors are padded with.

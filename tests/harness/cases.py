@@ -69,6 +69,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "zero3+bare": BARE,
     # Of two ranks both are in one group.
     "zero3+second_copies": SECOND_COPIES,
+    "zero3+copies_without_prefetch": {**SECOND_COPIES, "stage3_prefetch_bucket_size": 0},
     "zero3-offload+second_copies": SECOND_COPIES,
     "zero3+files": {"offload_param": FILES, **BARE},
     "zero3-offload+files": {"offload_param": FILES},

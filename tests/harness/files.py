@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from progscale.checkpoint.saver import Saver
+from progscale.checkpoint.store import Store
 from progscale.engine.deepspeed import DeepSpeedEngine
 from progscale.engine.launch import make_accelerator
 from progscale.engine.loading import load_partitioned
@@ -76,6 +78,23 @@ def look(schedule: str, embeddings: str, options: dict[str, Any], engine: str = 
     made.close()
     del made, module, held
     return found, mappings()
+
+
+def copied_for_a_save(folder: str) -> tuple[int, int]:
+    """Bytes of the buffer of a background save in the last of three stages, and of what it saves."""
+    module = tiny_model("bert", blocks=3).train()
+    made = make_engine(module, ENGINE)
+    builds = builds_of(module, "progtuning", "first_stage", 3, 3, {})[1]
+    for step in (0, 2):
+        made.begin_stage(builds[step])
+        made.train_step(share(step, 8, 101, made.rank, made.world_size, 1), 8, row_loss, 1e-3)
+    saver = Saver(made, Store(Path(folder)), shard_bytes=2**20, background=True)
+    tensors = [tensor for part in made.own_slices() for tensor in part.all_tensors()]
+    saver.save(3, {"step": 3, "parameters": made.sizes()})
+    saver.finish()
+    found = saver._copy.numel(), sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    made.close()
+    return found
 
 
 def loaded(folder: str, engine: str) -> tuple[list[float], set[str], list[str], bool]:

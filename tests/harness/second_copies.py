@@ -10,16 +10,19 @@ from typing import Any
 
 import torch
 
+from progscale.cost import Traffic
 from progscale.engine.deepspeed import DeepSpeedEngine
 from progscale.engine.launch import make_accelerator
 from progscale.engine.loading import load_partitioned
-from progscale.estimate import rank_state
+from progscale.estimate import rank_state, stage_costs
 from progscale.models.family import ModelRequest
 from progscale.models.loading import family_of
+from progscale.models.lookup import hidden_size
+from progscale.plan import make_plan
 from tests.harness import cases, costs
 from tests.harness.audit import flip_bit
 from tests.harness.cases import Outcome, builds_of, deepspeed_of, make_engine, row_loss, share
-from tests.tiny import tiny_model
+from tests.tiny import method_for, tiny_model
 
 ENGINE = "zero3+second_copies"
 
@@ -124,6 +127,28 @@ def look() -> Copies:
     if made.rank == 1:
         flip_bit(victim)
     found.digest = (alone, made.any_true(made.digests(names) != before))
+    made.close()
+    return found
+
+
+def counted_and_planned() -> list[tuple[Counter[int], Traffic]]:
+    """What is gathered in the second step of each of three stages, by ranks, and what is planned."""
+    rows, micro = 8, 1
+    # What is fetched in advance is not let go in between, and such a small model would be fetched whole.
+    engine = "zero3+copies_without_prefetch"
+    module = tiny_model("bert", blocks=3).train()
+    made = make_engine(module, engine)
+    trained = method_for("bert", "full")
+    parts, builds = builds_of(module, "progtuning", "first_stage", 3, 6, {}, trained)
+    plan = make_plan(parts, [build.stage for build in builds], trained, 2, width=hidden_size(module))
+    planned = stage_costs(plan, costs.config_of(engine, rows, micro, "fp32"), made.world_size, 8)
+    found = []
+    for build, cost in zip(builds, planned, strict=True):
+        made.begin_stage(build)
+        made.train_step(share(0, rows, 101, made.rank, made.world_size, micro), rows, row_loss, 1e-3)
+        with gathers() as counted:
+            made.train_step(share(1, rows, 101, made.rank, made.world_size, micro), rows, row_loss, 1e-3)
+        found.append((counted, cost.traffic))
     made.close()
     return found
 

@@ -25,6 +25,9 @@ def test_a_ring_sends_nearly_the_whole_tensor_and_twice_that_to_reduce_it_everyw
     assert Traffic(all_reduce=1000, all_gather=1000).wire(2) == 1500
     assert Traffic(1000, 10, 1).wire(1) == 0
     assert Traffic(1000, 10, 1).total == 1011
+    copied = Traffic(all_gather=1000, gather_in_group=400, group=4)
+    assert (copied.wire(8), copied.group_wire, copied.total) == (875, 300, 1400)
+    assert Traffic(gather_in_group=400).group_wire == 0
 
 
 def test_the_slower_network_takes_the_time() -> None:
@@ -37,6 +40,20 @@ def test_the_slower_network_takes_the_time() -> None:
     assert seconds(alone, traffic=sent)[1] == pytest.approx(GIGABYTE * 7 / 8 / 300e9), "one node sends nothing over the network"
     assert seconds(dataclasses.replace(still, gpus=1), traffic=sent)[1] == pytest.approx(GIGABYTE * 3 / 4 / 25e9)
     assert seconds(dataclasses.replace(alone, gpus=1), traffic=sent)[1] == 0
+
+
+def test_a_group_of_ranks_on_one_node_spares_the_network() -> None:
+    slow = dataclasses.replace(CLUSTER, latency=0.0)
+    sent = Traffic(all_gather=GIGABYTE, gather_in_group=GIGABYTE, group=8)
+    far, near = GIGABYTE * 31 / 32, GIGABYTE * 7 / 8
+    assert seconds(slow, traffic=sent)[1] == pytest.approx(far / 25e9)
+    assert seconds(dataclasses.replace(slow, between=1e30), traffic=sent)[1] == pytest.approx((far + near) / 300e9)
+    wide = dataclasses.replace(sent, group=16)
+    assert seconds(slow, traffic=wide)[1] == pytest.approx((far + GIGABYTE * 15 / 16) / 25e9), "two nodes have a copy together"
+    # Buckets between nodes alone wait.
+    waiting = dataclasses.replace(CLUSTER, within=1e30, between=1e30)
+    assert seconds(waiting, traffic=sent, bucket=GIGABYTE)[1] == pytest.approx(1 * 1e-5 * 5)
+    assert seconds(waiting, traffic=wide, bucket=GIGABYTE)[1] == pytest.approx(2 * 1e-5 * 5)
 
 
 def test_every_bucket_waits_once_for_each_doubling_of_the_ranks() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from progscale.engine import mapped
-from progscale.engine.mapped import SMALLEST, as_deepspeed_reads_it, check_folder, folder_of, is_mapped, to_file
+from progscale.engine.mapped import as_deepspeed_reads_it, check_folder, folder_of, is_mapped, to_file
 from progscale.errors import UserError
 
 NVME = {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/scratch", "pin_memory": True}}
@@ -70,7 +70,7 @@ def test_it_stays_where_it_is(tmp_path: Path) -> None:
 
 
 def test_small_ones_stay_in_memory(tmp_path: Path) -> None:
-    held, empty = torch.ones(SMALLEST // 4 - 1), torch.empty(0)
+    held, empty = torch.ones(mapped.SMALLEST // 4 - 1), torch.empty(0)
     to_file(held, tmp_path)
     to_file(empty, tmp_path)
     assert not is_mapped(held) and not is_mapped(empty)
@@ -81,7 +81,9 @@ def test_a_full_disk_is_an_error_and_leaves_all_as_it_was(tmp_path: Path) -> Non
     expected = held.clone()
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
     try:
-        with pytest.raises(UserError, match=rf"nvme_path: 160000 bytes cannot be written to '{tmp_path}' \(File too large\)"):
+        with pytest.raises(
+            UserError, match=rf"nvme_path: 160000 bytes cannot be put into a file in '{tmp_path}' \(File too large\)"
+        ):
             to_file(held, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
@@ -91,7 +93,7 @@ def test_a_full_disk_is_an_error_and_leaves_all_as_it_was(tmp_path: Path) -> Non
 
 def test_no_folder(tmp_path: Path) -> None:
     held = large()
-    with pytest.raises(UserError, match=r"nvme_path: 160000 bytes cannot be written to .*No such file"):
+    with pytest.raises(UserError, match=r"nvme_path: 160000 bytes cannot be put into a file in .*No such file"):
         to_file(held, tmp_path / "gone")
     assert not is_mapped(held)
 
@@ -124,5 +126,24 @@ def test_the_folder_is_looked_at(tmp_path: Path) -> None:
     for wrong in (file, tmp_path / "none"):
         with pytest.raises(UserError, match=rf"nvme_path: '{wrong}' is not a folder; make one on a disk of this machine"):
             check_folder(wrong, 1)
-    with pytest.raises(UserError, match=r"nvme_path: '/proc' cannot be written"):
+    with pytest.raises(UserError, match=r"nvme_path: 4096 bytes cannot be put into a file in '/proc'"):
         check_folder(Path("/proc"), 1)
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no /dev/shm")
+def test_a_folder_in_memory_is_refused() -> None:
+    with pytest.raises(
+        UserError, match=r"nvme_path: '/dev/shm' is on a tmpfs, which lies in memory itself; take a folder on a disk"
+    ):
+        check_folder(Path("/dev/shm"), 1)
+
+
+def test_what_torch_says_of_a_file_it_cannot_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on file systems that map none."""
+
+    def refuse(*args: Any, **options: Any) -> torch.Tensor:
+        raise RuntimeError("unable to mmap 4096 bytes")
+
+    monkeypatch.setattr(torch, "from_file", refuse)
+    with pytest.raises(UserError, match=r"nvme_path: 4096 bytes cannot be put into a file in .*unable to mmap"):
+        check_folder(tmp_path, 1)
