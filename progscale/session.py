@@ -36,7 +36,7 @@ from progscale.optim import StageBuild
 from progscale.plan import Plan
 from progscale.resume import Resumed
 from progscale.schedule import Stage
-from progscale.signals import Signals
+from progscale.signals import Signals, mark_begun
 from progscale.tasks.base import Task, Tokenized
 from progscale.trackers import RunConsole, RunFolder
 from progscale.watch import Watch
@@ -360,6 +360,8 @@ class Session:
             self.log("checkpoint_failed", message=str(error))
             return
         if saved is not None:
+            if self.engine.is_main:
+                mark_begun()
             self.log(
                 "checkpoint",
                 step=saved.step,

@@ -44,7 +44,7 @@ from progscale.resume import FOLDER as CHECKPOINTS
 from progscale.resume import POLICIES, derive_stage, find_checkpoint, identity_of
 from progscale.schedule import Stage, build_stages
 from progscale.session import Session
-from progscale.signals import Signals
+from progscale.signals import Signals, mark_begun
 from progscale.tasks.base import Tokenized
 from progscale.trackers import RunConsole
 
@@ -156,6 +156,9 @@ def prepare(
     memory = MemoryMeter(torch.device(accelerator.device))
     module = load_base(config, found)
     folder = ranks.on_main(lambda: open_folder(config, plan, run_folder, resumed, store))
+    if folder is not None and (resumed is None or resumed.in_place):
+        # What goes on from a checkpoint of another run has nothing of its own before its first.
+        mark_begun()
     try:
         if folder is not None and network is not None:
             folder.record("network", **network.to_json())

@@ -7,6 +7,7 @@ Needs no torch, whose import alone takes seconds in which a signal may come.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -27,6 +28,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 PREEMPTED = "PREEMPTED"
 # Names another file to be the marker too.
 ASKED_MARKER = "PROGSCALE_PREEMPTED"
+BEGUN_MARKER = "PROGSCALE_BEGUN"
 # A terminal sends Ctrl-C to every process of the launch, and the launcher passes it on: the second one is the same press.
 SAME_PRESS_SECONDS = 1.0
 # How long the main thread may take to come out of compiled code before training, where nothing can be lost.
@@ -183,6 +185,16 @@ def say(error: ProgscaleError) -> None:
     """
     if isinstance(error, PreemptedError) or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"progscale: {error}", file=sys.stderr, flush=True)
+
+
+def mark_begun() -> None:
+    """Tells a script, where it asks for it ($PROGSCALE_BEGUN), that a run has something of its own to go on from.
+
+    Until then a script that starts it again leaves `--resume` as its owner gave it.
+    """
+    if asked := os.environ.get(BEGUN_MARKER):
+        with contextlib.suppress(OSError):  # on a full disk it is not needed: nothing was saved
+            Path(asked).touch()
 
 
 def mark_preempted(folder: Path, step: int | None, signal: str | None) -> None:

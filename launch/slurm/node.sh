@@ -4,8 +4,15 @@ set -euo pipefail
 exec >>"$PROGSCALE_LOG_FOLDER/$SLURMD_NODENAME.log" 2>&1
 # Modules, a virtual environment, NCCL's variables: whatever a node of this cluster needs.
 if [ -n "${PROGSCALE_SETUP:-}" ]; then
-  # shellcheck disable=SC1090
-  source "$PROGSCALE_SETUP"
+  # Written for a shell that goes on after what fails, and not for this script's arguments.
+  setup() {
+    set +eu +o pipefail
+    # shellcheck disable=SC1090
+    source "$PROGSCALE_SETUP"
+    set -eu -o pipefail
+  }
+  setup
+  command -v accelerate >/dev/null || echo "progscale: no 'accelerate' on the path after PROGSCALE_SETUP=$PROGSCALE_SETUP"
 elif ! command -v accelerate >/dev/null && [ -x "$PROGSCALE_HOME/.venv/bin/accelerate" ]; then
   PATH=$PROGSCALE_HOME/.venv/bin:$PATH
 fi
@@ -13,6 +20,11 @@ gpus=${SLURM_GPUS_ON_NODE:-0}
 if [ "$gpus" = 0 ]; then
   # Without --gpus-per-node a node's GPUs are the job's where SLURM does not deal them out.
   gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+  if [ "$gpus" -gt 0 ] && [ -n "${PROGSCALE_DEALS_GPUS:-}" ]; then
+    echo "progscale: the job has asked for no GPUs: the $gpus of this node are left alone; give sbatch --gpus-per-node"
+    gpus=0
+    export CUDA_VISIBLE_DEVICES=
+  fi
 fi
 ranks=${PROGSCALE_RANKS_PER_NODE:-$((gpus > 0 ? gpus : 1))}
 file=multi-node$([ "$gpus" -gt 0 ] || echo -cpu).yaml

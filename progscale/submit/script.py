@@ -60,6 +60,8 @@ def fill(
     last = max(index for index, text in enumerate(old) if text.startswith("#SBATCH"))
     for index, text in enumerate(old):
         name = text.removeprefix("#SBATCH --").partition("=")[0] if text.startswith("#SBATCH --") else None
+        if name == "requeue" and "no-requeue" in directives:
+            continue
         if name in left:
             made = directive(name, left.pop(name))
             lines.append(Line(made, is_new=made != text))
@@ -99,6 +101,9 @@ def directives_of(request: Request, job: Job) -> dict[str, str | None]:
         found["array"] = request.array or f"1-{len(job.runs)}"
         found["output"] = "%x-%A_%a.out"
     found["signal"] = f"B:USR1@{request.signal_seconds}"
+    if request.max_restarts == 0:
+        # Else SLURM itself would queue it again when a node dies.
+        found["no-requeue"] = None
     # Paths of the config are relative to it, wherever the file is submitted from.
     found["chdir"] = os.getcwd()
     for text in request.sbatch:
@@ -114,7 +119,8 @@ def exports_of(request: Request, job: Job) -> list[str]:
         "PROGSCALE_SETUP": absolute(request.setup),
         "PROGSCALE_CONTAINER": absolute(request.container),
         "PROGSCALE_APPTAINER": absolute(request.apptainer),
-        "PROGSCALE_RANKS_PER_NODE": request.ranks_per_node,
+        # What was checked is what runs.
+        "PROGSCALE_RANKS_PER_NODE": job.wanted.ranks,
         "PROGSCALE_MAX_RESTARTS": request.max_restarts,
     }
     if request.apptainer is not None:

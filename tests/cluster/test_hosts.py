@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,6 +93,29 @@ def test_two_hosts_compute_what_one_does(hosts: Hosts, runs: Runs, cache: Path, 
         codes, out = started.wait()
     assert codes == [0, 0], out
     same(evidence(tmp_path / "a"), runs.whole(engine))
+
+
+def test_a_head_whose_name_is_its_loopback_tells_its_address(hosts: Hosts, tmp_path: Path) -> None:
+    """As Debian writes it into /etc/hosts. The other hosts know better."""
+    (tmp_path / "accelerate").write_text('#!/bin/sh\necho "$PET_LOCAL_ADDR $*"\n')
+    (tmp_path / "accelerate").chmod(0o755)
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for index, name in enumerate(hosts.names):
+        folder = Path("/etc/netns", name)
+        folder.mkdir(parents=True)
+        try:
+            (folder / "hosts").write_text(f"127.0.0.1 localhost\n{'10.77.0.1' if index else '127.0.1.1'} head\n")
+            log, command = tmp_path / f"{index}.log", [*LAUNCH, "--main_process_ip", "head", "program"]
+            if index == 0:
+                # The way to everywhere is taken where no other host is known, and these have none.
+                assert hosts.start(index, command, folder=tmp_path, log=log, environment=path).wait(30) == 2
+                assert "'head' cannot be looked up or reached from host-0, or is its loopback" in log.read_text()
+            peer = {} if index else {"PROGSCALE_PEER_ADDRESS": "10.77.0.2"}
+            assert hosts.start(index, command, folder=tmp_path, log=log, environment={**path, **peer}).wait(30) == 0
+            told = f"10.77.0.{index + 1} launch --rdzv_conf is_host={1 - index} --main_process_ip head program"
+            assert log.read_text().strip() == told
+        finally:
+            shutil.rmtree(folder)
 
 
 def doctors(hosts: Hosts, *arguments: str) -> list[list[str]]:

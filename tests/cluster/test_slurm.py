@@ -108,13 +108,14 @@ def test_two_nodes_compute_what_one_does(jobs: Jobs, cache: Path, tmp_path: Path
     assert jobs.restarts(job) == 0
 
 
-@pytest.mark.parametrize("to", [[], ["--batch"]], ids=["ranks", "script"])
+@pytest.mark.parametrize("to", [["USR1"], ["USR1", "--batch"], ["TERM", "--batch"]], ids=["ranks", "script", "script by TERM"])
 def test_a_signal_leads_to_a_checkpoint_and_a_restart(jobs: Jobs, runs: Runs, tmp_path: Path, to: list[str]) -> None:
     """`scancel --signal=USR1` reaches the processes of the step, with --batch the script alone."""
+    name, *to = to
     job = jobs.submit(*twelve(tmp_path, "zero2"), fault=SLOWLY)
     run = tmp_path / "a"
     jobs.wait_for_step(run, 3, job)
-    jobs.cluster.ask("scancel", "--signal=USR1", *to, job)
+    jobs.cluster.ask("scancel", f"--signal={name}", *to, job)
     jobs.wait_until(lambda: jobs.restarts(job) == 1, job)
     saved = [step_of(path) for path in checkpoints(run)]
     assert json.loads((run / "PREEMPTED").read_text())["step"] == saved[-1]
@@ -169,17 +170,22 @@ def test_an_array_of_two_seeds_leaves_two_runs(jobs: Jobs, cache: Path, tmp_path
 
 
 def test_an_array_with_a_line_for_each_element(jobs: Jobs, tmp_path: Path) -> None:
-    """What differs may be anything; one node here, and one rank."""
-    (tmp_path / "grid.txt").write_text("--set 'run.name=first of two'\n--set run.name=second --set run.seed=5\n")
+    """What differs may be anything; one node here, and one rank. The nodes source a file that is not written for this script."""
+    lines = ("'run.name=first of two'", "run.name=second --set run.seed=5", "run.name=it's")
+    (tmp_path / "grid.txt").write_text("".join(f"--set {line}\n" for line in lines))
+    (tmp_path / "env.sh").write_text('echo "given $# arguments"\necho "$NOBODY_HAS_SET_THIS"\nfalse\n')
     arguments = ["--each", "grid.txt", *twelve(tmp_path)]
-    array = jobs.submit(*arguments, options=("-N1", "--array=1-3"))
+    array = jobs.submit(*arguments, options=("-N1", "--array=1-4"), PROGSCALE_SETUP=str(tmp_path / "env.sh"))
     for element, name in ((1, "first of two"), (2, "second")):
         jobs.ends(f"{array}_{element}")
         assert not leftovers(tmp_path / name)
     assert json.loads((tmp_path / "second" / "config.json").read_text())["run"]["seed"] == 5
-    jobs.cluster.wait(f"{array}_3", ENDS)
-    number = jobs.cluster.show(f"{array}_3", "JobId")
-    assert "'grid.txt' has no line 3; it has 2" in jobs.output(number)
+    assert "given 0 arguments" in jobs.output(jobs.cluster.show(f"{array}_1", "JobId"))
+    for element, said in ((3, "quotes in line 3 of 'grid.txt' do not match"), (4, "'grid.txt' has no line 4; it has 3")):
+        jobs.cluster.wait(f"{array}_{element}", ENDS)
+        number = jobs.cluster.show(f"{array}_{element}", "JobId")
+        # Of an array SLURM names the output by the array's number and the element's.
+        assert said in jobs.output(number) + "".join(path.read_text() for path in tmp_path.glob("*.out"))
 
 
 MISTAKES: dict[str, tuple[Mapping[str, str], list[str], str]] = {
@@ -208,6 +214,15 @@ def test_a_job_is_not_queued_again_for_ever(jobs: Jobs, tmp_path: Path) -> None:
     jobs.cluster.ask("scancel", "--signal=USR1", job)
     assert "not queued again after 0 restarts (PROGSCALE_MAX_RESTARTS)" in jobs.ends(job, "FAILED")
     assert step_of(checkpoints(tmp_path / "a")[-1]) >= 2
+
+
+def test_the_bound_holds_for_restarts_by_others_too(jobs: Jobs, tmp_path: Path) -> None:
+    """SLURM queues a job again whose node is gone, whatever the script thinks of it."""
+    job = jobs.submit(*twelve(tmp_path, "zero2"), fault=SLOWLY, PROGSCALE_MAX_RESTARTS="0")
+    jobs.wait_for_step(tmp_path / "a", 1, job)
+    jobs.cluster.ask("scontrol", "requeue", job)
+    jobs.wait_until(lambda: jobs.restarts(job) == 1, job)
+    assert "not begun again after 0 restarts (PROGSCALE_MAX_RESTARTS)" in jobs.ends(job, "FAILED")
 
 
 def test_a_cancelled_job_stays_cancelled(jobs: Jobs, tmp_path: Path) -> None:
