@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from progscale.engine import ranks
 from progscale.engine.deepspeed import check_release
 from progscale.engine.launch import check_precision, choose_interface, make_accelerator
 from progscale.engine.mapped import check_folder, folder_of
-from progscale.errors import ConfigError, Fault, UserError
+from progscale.errors import ConfigError, Fault, NetworkError, UserError
 from progscale.estimate import partition_bytes
 from progscale.launcher import read_ranks
 from progscale.network import measured_checks
@@ -33,8 +33,8 @@ from progscale.trackers import RunConsole
 WATCH_FIRST_SECONDS = 30
 
 
-def join_ranks(config: Config, options: Mapping[str, Any]) -> Any:
-    """The Accelerator of this run, once all ranks are there and want the same.
+def join_ranks(config: Config, options: Mapping[str, Any]) -> tuple[Any, Network | None]:
+    """The Accelerator of this run, once all ranks are there and want the same; and the network, where they are on several nodes.
 
     Args:
         config: of this rank.
@@ -42,9 +42,14 @@ def join_ranks(config: Config, options: Mapping[str, Any]) -> Any:
 
     Raises:
         UserError: ranks, device or precision do not fit the config, or the ranks' configs differ.
+        NetworkError: some rank does not come, or nothing comes through between some.
     """
     deepspeed = config.engine.deepspeed
-    accelerator = meet_ranks(config, deepspeed)
+    accelerator, local = meet_ranks(config, deepspeed)
+    network = None
+    if config.engine.preflight == "auto" and read_ranks(os.environ).machines_are_several:
+        # Before any other collective, in which all would wait without a name.
+        network = measure(torch.device(accelerator.device), local or nodes_of(accelerator).local, os.environ)
     check_precision(config.train.precision, torch.device(accelerator.device), deepspeed is not None)
     check_same_on_all_ranks(config, options)
     check_engine(config, int(accelerator.num_processes))
@@ -52,21 +57,25 @@ def join_ranks(config: Config, options: Mapping[str, Any]) -> Any:
     if deepspeed is not None:
         zero_stage, on_cpu = int(deepspeed["zero_optimization"]["stage"]), torch.device(accelerator.device).type == "cpu"
         check_release(version("deepspeed"), zero_stage, on_cpu=on_cpu, checkpointing=config.train.gradient_checkpointing)
-    return accelerator
+    return accelerator, network
 
 
-def meet_ranks(config: Config, deepspeed: Mapping[str, Any] | None) -> Any:
-    """The Accelerator of this process, in the group of all ranks.
+def meet_ranks(config: Config, deepspeed: Mapping[str, Any] | None) -> tuple[Any, int]:
+    """The Accelerator of this process, in the group of all ranks; and the ranks of a node, 0 where they were not asked for.
 
     Raises:
         UserError: ranks or device do not fit the config.
         NetworkError: some rank does not come, or cannot be reached.
     """
+    local = 0
     if config.engine.preflight == "auto" and read_ranks(os.environ).machines_are_several:
         choose_interface()
-        meet(os.environ, config.engine.timeout_seconds, lambda line: print(f"progscale: {line}", file=sys.stderr, flush=True))
+        local = meet(
+            os.environ, config.engine.timeout_seconds, lambda line: print(f"progscale: {line}", file=sys.stderr, flush=True)
+        )
     # The watch says which rank hangs; a collective that gives up first knows only that one does.
-    return make_accelerator(deepspeed=deepspeed, timeout_seconds=config.engine.timeout_seconds + WATCH_FIRST_SECONDS)
+    accelerator = make_accelerator(deepspeed=deepspeed, timeout_seconds=config.engine.timeout_seconds + WATCH_FIRST_SECONDS)
+    return accelerator, local
 
 
 def measure_ranks(config: Config, save: str | None) -> list[Check]:
@@ -80,15 +89,16 @@ def measure_ranks(config: Config, save: str | None) -> list[Check]:
         UserError: the file cannot be written.
         NetworkError: they cannot meet.
     """
-    accelerator = None
+    accelerator, local = meet_ranks(config, None)
     try:
-        accelerator = meet_ranks(config, None)
-        nodes = nodes_of(accelerator)
-        network = measure(torch.device(accelerator.device), nodes.local, os.environ)
+        network = measure(torch.device(accelerator.device), local or nodes_of(accelerator).local, os.environ)
         ranks.on_main(lambda: write_network(network, save) if save is not None else None)
-    finally:
-        if accelerator is not None:
-            accelerator.end_training()
+    except NetworkError:
+        raise  # the process group's own end would wait for what is stuck
+    except BaseException:
+        accelerator.end_training()
+        raise
+    accelerator.end_training()
     on_gpu = torch.device(accelerator.device).type == "cuda"
     return measured_checks(network, SLOW_GPU if on_gpu else SLOW_CPU)
 
@@ -105,20 +115,11 @@ def write_network(network: Network, path: str) -> None:
         raise UserError(f"--save: '{path}' cannot be written ({error.strerror})") from error
 
 
-def measure_network(config: Config, accelerator: Any, nodes: Nodes, console: RunConsole) -> Network | None:
-    """The network between the nodes, measured and shown; None on one node. A collective.
-
-    Raises:
-        NetworkError: nothing comes through between some.
-    """
-    if config.engine.preflight == "off" or nodes.count == 1:
-        return None
-    device = torch.device(accelerator.device)
-    network = measure(device, nodes.local, os.environ)
+def show_network(network: Network, console: RunConsole, *, on_gpu: bool) -> None:
+    """What was measured between the nodes, and who is slow."""
     console.show(str(network))
-    for line in network.slow(SLOW_GPU if device.type == "cuda" else SLOW_CPU):
+    for line in network.slow(SLOW_GPU if on_gpu else SLOW_CPU):
         console.show(f"slow: {line}; progscale doctor on that node may tell why")
-    return network
 
 
 def check_engine(config: Config, world_size: int) -> None:
@@ -149,7 +150,7 @@ def check_disk(config: Config, elements: int, nodes: Nodes) -> None:
         return
     problem = None
     try:
-        check_folder(folder, partition_bytes(config, elements, nodes.world_size) * nodes.local)
+        check_folder(folder, partition_bytes(config, elements, nodes.world_size) * read_ranks(os.environ).local)
     except (UserError, OSError) as error:
         problem = str(error)
     found: dict[str, str] = {}
@@ -190,9 +191,17 @@ def check_same_on_all_ranks(config: Config, options: Mapping[str, Any] | None = 
         "config": json.dumps(dump_config(config), sort_keys=True),
         "code of progscale": code_hash(),
         "command line (--resume and what it allows)": json.dumps(options),
-        **{f"release of {package}": version(package) for package in packages},
+        **{f"release of {package}": _release(package) for package in packages},
     }
     _refuse_different(things, "start all alike")
+
+
+def _release(package: str) -> str:
+    """The installed release; what is missing on one machine must not keep the others waiting for its answer."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
 
 
 def check_same_input(identity: Mapping[str, Any]) -> None:

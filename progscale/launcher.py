@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import ipaddress
 import os
 import re
 import signal
@@ -17,6 +18,8 @@ from progscale.errors import LaunchError
 
 # What torchrun, accelerate launch and deepspeed give every rank of several.
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# An address of nobody (RFC 5737): the way there is that of the default route.
+EVERYWHERE = "192.0.2.1"
 REMEDY = "unset them, or start with launch/launch.sh, accelerate launch or torchrun"
 
 
@@ -84,13 +87,24 @@ def try_port(port: int, host: str = "") -> None:
 def address_towards(host: str) -> str:
     """This machine's address on the way to a host, as numbers; nothing is sent.
 
+    On the host itself its name may stand for its loopback (Debian: 127.0.1.1), where nobody else finds it: then it is that on the
+    way to another machine (`$PROGSCALE_PEER_ADDRESS`), or to everywhere.
+
     Raises:
         OSError: the host's name is not known, or no way leads there.
     """
+    own, there = _reach(host)
+    if ipaddress.ip_address(there).is_loopback and host not in (there, "localhost"):
+        return _reach(os.environ.get("PROGSCALE_PEER_ADDRESS") or EVERYWHERE)[0]
+    return own
+
+
+def _reach(host: str) -> tuple[str, str]:
+    """This machine's address on the way to a host, and the host's."""
     family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as probe:
         probe.connect(address)
-        return str(probe.getsockname()[0])
+        return str(probe.getsockname()[0]), str(address[0])
 
 
 def interface_towards(host: str) -> str | None:

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -72,6 +73,9 @@ class Hold:
             if made:
                 self._path.unlink(missing_ok=True)
             return
+        if there is not None and there.get("machine") != machine():
+            # Others may have waited for the same process, and written before this one or after it.
+            time.sleep(WAIT_SECONDS / 10)
         if (found := self._read()) is not None and found.get("token") != self._token:
             self._refuse(found)
         threading.Thread(target=self._run, name="owner of the run's folder", daemon=True).start()
@@ -121,14 +125,16 @@ class Hold:
 
     def _read(self) -> dict[str, Any] | None:
         try:
-            descriptor = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW)
+            return self._load()
+        except (ValueError, RecursionError):
+            return {}
         except OSError:
             return None
+
+    def _load(self) -> dict[str, Any]:
+        descriptor = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW)
         with os.fdopen(descriptor, encoding="utf-8", errors="replace") as file:
-            try:
-                found = json.load(file)
-            except (OSError, ValueError, RecursionError):
-                return {}
+            found = json.load(file)
         return found if isinstance(found, dict) else {}
 
     def _write(self) -> None:
@@ -150,12 +156,30 @@ class Hold:
     def _run(self) -> None:
         while not self._done.wait(BEAT_SECONDS):
             with self._guard:
-                found = self._read()
-                if self._done.is_set() or found is None or found.get("token") != self._token:
-                    return  # the folder was let go, moved, or taken
+                if self._done.is_set():
+                    return
+                try:
+                    found = self._load()
+                except FileNotFoundError:
+                    return  # the folder was moved
+                except (OSError, ValueError, RecursionError):
+                    continue  # a file server that is away for a while
+                if found.get("token") != self._token:
+                    if (found.get("machine"), found.get("process")) != (machine(), os.getpid()):
+                        self._taken()
+                    return
                 self._beat += 1
                 with contextlib.suppress(OSError):  # a disk that is full for a while
                     self._write()
+
+    def _taken(self) -> None:
+        """Ends this process: it stood still for so long that another one took the folder for left, and both would write to it."""
+        print(
+            f"progscale: another process has taken '{self._path.parent}' while this one stood still; it ends, and saves nothing",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
 
 
 def hold(folder: Path) -> Hold:

@@ -14,6 +14,7 @@ import itertools
 import json
 import socket
 import statistics
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,6 +36,7 @@ POLL_SECONDS = 0.0002
 # A node or connection with less than this share of the others' median is told of; ranks of one CPU are in each other's way.
 SLOW_GPU, SLOW_CPU = 0.5, 0.3
 REPEATS = 4
+IN_A_ROW = 20
 # A process may begin several runs, and what was put down for one is not for the next; all ranks count alike.
 _MEETINGS = itertools.count()
 
@@ -108,7 +110,7 @@ def _rate(bytes_per_second: float) -> str:
 # -- before there is a process group ----------------------------------------------------------------------------------
 
 
-def meet(environment: Mapping[str, str], seconds: float, say: Callable[[str], None]) -> None:
+def meet(environment: Mapping[str, str], seconds: float, say: Callable[[str], None]) -> int:
     """Waits for all ranks, and has the first rank of each node connect to that of every other.
 
     Where the launcher keeps no store there is nothing to meet at before the process group; then it does nothing.
@@ -118,21 +120,27 @@ def meet(environment: Mapping[str, str], seconds: float, say: Callable[[str], No
         seconds: to wait for those that have not come.
         say: tells a person whom the first rank waits for.
 
+    Returns:
+        Ranks of each node, one where nodes have unequally many; 0 where nothing was done.
+
     Raises:
-        NetworkError: on every rank that came, naming who is missing or cannot be reached.
+        NetworkError: on every rank that came, naming who is missing, cannot be reached, or has no GPU where others have.
     """
     if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return
+        return 0
     own = read_ranks(environment)
     rank, leads = own.rank or 0, environment.get("LOCAL_RANK", "0") == "0"
     store = connect_store(f"progscale/meet/{next(_MEETINGS)}", LIMIT_SECONDS)
     address = own_address(environment)
-    store.set(f"here/{rank}", json.dumps([node_name(environment), address, leads]))
+    store.set(f"here/{rank}", json.dumps([node_name(environment), address, leads, own.local, torch.cuda.device_count()]))
     if rank == 0:
         why = _wait_for_all(store, own.world_size, own.local, seconds, say)
         here = [] if why else [json.loads(store.get(f"here/{other}")) for other in range(own.world_size)]
-        leaders = {other: f"{name} ({at})" for other, (name, at, first) in enumerate(here) if first}
-        store.set("all", json.dumps({"why": why, "leaders": leaders}))
+        leaders = {other: f"{name} ({at})" for other, (name, at, first, *_) in enumerate(here) if first}
+        locals_ = {local for *_, local, _ in here}
+        alike = len(locals_) == 1 and own.world_size % own.local == 0
+        why = why or _without_gpus([(name, gpus) for name, *_, gpus in here])
+        store.set("all", json.dumps({"why": why, "leaders": leaders, "local": own.local if alike else 1}))
     answer = _answer(store, "all", seconds + LIMIT_SECONDS)
     names = {int(leader): name for leader, name in answer.get("leaders", {}).items()}
     if leads:
@@ -143,6 +151,20 @@ def meet(environment: Mapping[str, str], seconds: float, say: Callable[[str], No
         pairs = [(one, other) for one in names for other in json.loads(store.get(f"reach/{one}"))]
         store.set("reached", json.dumps({"why": _cut_off(pairs, names, "no connection") if pairs else ""}))
     _answer(store, "reached", 5 * LIMIT_SECONDS)
+    return int(answer["local"])
+
+
+def _without_gpus(here: Sequence[tuple[str, int]]) -> str:
+    """Why the run cannot begin: nodes that would talk by gloo while others do by NCCL; empty when all are alike.
+
+    Args:
+        here: name of its node and number of GPUs that torch sees, by rank.
+    """
+    without = list(dict.fromkeys(name for name, gpus in here if not gpus))
+    others = [name for name, gpus in here if gpus]
+    if not without or not others:
+        return ""
+    return f"torch sees no GPU on {', '.join(without)}, and some on {others[0]}: see nvidia-smi and progscale doctor there"
 
 
 def node_name(environment: Mapping[str, str]) -> str:
@@ -154,7 +176,10 @@ def own_address(environment: Mapping[str, str]) -> str:
     """This machine's address on the network of the interface that gloo or NCCL was told of, else on the way to the head."""
     import psutil
 
-    for key in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+    keys = ["GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"]
+    if torch.cuda.is_available():
+        keys.reverse()  # NCCL it is that talks
+    for key in keys:
         entries = psutil.net_if_addrs().get(environment.get(key, ""), [])
         for entry in entries:
             if entry.family == socket.AF_INET:
@@ -272,26 +297,23 @@ def measure(device: torch.device, local: int, environment: Mapping[str, str], se
         NetworkError: on every rank, naming the nodes between which nothing came through.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    count, node, position = world_size // local, rank // local, rank % local
     store = connect_store(f"progscale/measure/{next(_MEETINGS)}", LIMIT_SECONDS)
     size = 2**24 if device.type == "cuda" else 2**19
-    found: dict[str, Any] = {"name": node_name(environment), "links": {}}
-    try:
-        found["flops"] = _flops(device)
-        for one, other in _neighbours(count):
-            if node in (one, other):
-                found["at"] = [one, other]
-                peer = (other if node == one else one) * local + position
-                found["links"][f"{one}-{other}"] = size * 4 / _best(partial(_exchange, peer, size, device), seconds)
-        found["at"] = None
-        inside = dist.new_subgroups(group_size=local)[0] if local > 1 else None
-        within = _best(lambda: _all_reduce(size, device, inside), seconds) if inside is not None else None
-        found["within"] = None if within is None else size * 4 / within
-        found["all"] = size * 4 / _best(lambda: _all_reduce(size, device, None), seconds)
-        found["latency"] = _best(lambda: _all_reduce(1, device, None), seconds)
-    except (_StuckError, RuntimeError) as error:
-        found["stuck"] = str(error).partition("\n")[0]
-    store.set(f"found/{rank}", json.dumps(found))
+    found: dict[str, Any] = {"name": node_name(environment), "links": {}, "at": None}
+
+    def look() -> None:
+        try:
+            _look(found, device, size, local, seconds)
+        except (_StuckError, RuntimeError) as error:
+            found["stuck"] = str(error).partition("\n")[0]
+        finally:
+            done.set()
+
+    # NCCL sets connections up within its calls, for which it has no limit.
+    done = threading.Event()
+    threading.Thread(target=look, name="preflight", daemon=True).start()
+    told = {**found, "stuck": f"not done after {3 * seconds:.0f} s"} if not done.wait(3 * seconds) else found
+    store.set(f"found/{rank}", json.dumps(told))
     if rank == 0:
         store.set("report", json.dumps(_report(store, world_size, local, size, seconds)))
     # A rank may be stuck in each of its steps.
@@ -300,6 +322,34 @@ def measure(device: torch.device, local: int, environment: Mapping[str, str], se
     nodes, flops = tuple(report.pop("nodes")), tuple(report.pop("flops_per_second"))
     flops_of = "bf16" if device.type == "cuda" else "fp32"
     return Network(nodes=nodes, links=links, flops_per_second=flops, flops_of=flops_of, **report)
+
+
+def _look(found: dict[str, Any], device: torch.device, size: int, local: int, seconds: float) -> None:
+    """Fills `found` with what this rank measures; `at` is the pair of nodes that it is at.
+
+    Raises:
+        _StuckError, RuntimeError: something does not come through.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    count, node, position = world_size // local, rank // local, rank % local
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # a thread's own
+    # All ranks make the groups, also those that would have left because of a neighbour.
+    inside = dist.new_subgroups(group_size=local)[0] if local > 1 else None
+    found["flops"] = _flops(device)
+    out, into = torch.zeros(size, device=device), torch.empty(size, device=device)
+    for one, other in _neighbours(count):
+        if node in (one, other):
+            found["at"] = [one, other]
+            peer = (other if node == one else one) * local + position
+            found["links"][f"{one}-{other}"] = size * 4 / _best(partial(_exchange, peer, out, into), seconds)
+    found["at"] = None
+    within = None if inside is None else _best(partial(_all_reduce, out, inside), seconds)
+    found["within"] = None if within is None else size * 4 / within
+    found["all"] = size * 4 / _best(partial(_all_reduce, out, None), seconds)
+    found["latency"] = _best(partial(_all_reduce, out[:1], None), seconds)
+    if inside is not None:
+        dist.destroy_process_group(inside)  # with its buffers
 
 
 def _neighbours(count: int) -> list[tuple[int, int]]:
@@ -352,14 +402,23 @@ def _report(store: Any, world_size: int, local: int, size: int, seconds: float) 
     }
 
 
-def _best(action: Callable[[], Iterable[Any]], seconds: float) -> float:
-    """Seconds of the quickest of some; the first one sets connections up."""
+def _best(action: Callable[[], Iterable[Any]], seconds: float, in_a_row: int | None = None) -> float:
+    """Seconds of the quickest of some; the first one sets connections up.
+
+    Args:
+        action: begins it.
+        seconds: that it may take.
+        in_a_row: begun one after the other without a wait, so that looking whether they are done does not count; by default
+            where NCCL does them, each of which may be quicker than a look.
+    """
+    in_a_row = in_a_row or (1 if dist.get_backend() == "gloo" else IN_A_ROW)
     times = []
-    for _ in range(REPEATS):
+    for repeat in range(REPEATS):
+        count = in_a_row if repeat else 1
         begin = time.perf_counter()
-        for work in action():
+        for work in [work for _ in range(count) for work in action()]:
             _complete(work, seconds)
-        times.append(time.perf_counter() - begin)
+        times.append((time.perf_counter() - begin) / count)
     return min(times[1:])
 
 
@@ -388,16 +447,15 @@ def _complete(work: Any, seconds: float) -> None:
     work.wait()
 
 
-def _exchange(peer: int, size: int, device: torch.device) -> list[Any]:
-    """Sends `size` floats to another rank and receives as many."""
-    out, into = torch.zeros(size, device=device), torch.empty(size, device=device)
+def _exchange(peer: int, out: torch.Tensor, into: torch.Tensor) -> list[Any]:
+    """Sends `out` to another rank and receives as much."""
     operations = [dist.P2POp(dist.isend, out, peer), dist.P2POp(dist.irecv, into, peer)]
     return list(dist.batch_isend_irecv(operations))
 
 
-def _all_reduce(size: int, device: torch.device, group: Any) -> list[Any]:
-    """Of `size` floats."""
-    return [dist.all_reduce(torch.zeros(size, device=device), group=group, async_op=True)]
+def _all_reduce(zeros: torch.Tensor, group: Any) -> list[Any]:
+    """Of zeros, which stay so."""
+    return [dist.all_reduce(zeros, group=group, async_op=True)]
 
 
 def _flops(device: torch.device) -> float:

@@ -26,7 +26,7 @@ from progscale.errors import ConfigError, ModelError
 from progscale.export import BASE, describe
 from progscale.folder import check_unfinished, open_folder, restore_replaced, resume_line, unfinished
 from progscale.inputs import NO_PERMISSIONS, Inputs, Permissions, find_inputs
-from progscale.joining import check_disk, check_same_input, join_ranks, measure_network
+from progscale.joining import check_disk, check_same_input, join_ranks, show_network
 from progscale.layers import seeded
 from progscale.learning_rate import LearningRate
 from progscale.meters import MemoryMeter
@@ -88,7 +88,7 @@ def prepare(
     method = method_of(config, found)
     parts = partition_of(found, method)
     nominal_plan(config, family, parts, method)
-    accelerator = join_ranks(config, {"--resume": resume, "--dry-run": dry_run, **asdict(permissions)})
+    accelerator, network = join_ranks(config, {"--resume": resume, "--dry-run": dry_run, **asdict(permissions)})
     console = RunConsole(accelerator.is_main_process)
     notice = optimizer_of(config).check(torch.device(accelerator.device))
     if notice is not None:
@@ -96,7 +96,8 @@ def prepare(
     nodes = nodes_of(accelerator)
     if not dry_run:
         check_disk(config, sum(info.numel for info in parts.parameters.values()), nodes)
-    network = measure_network(config, accelerator, nodes, console)
+    if network is not None:
+        show_network(network, console, on_gpu=torch.device(accelerator.device).type == "cuda")
     run_folder = Path(config.run.output_dir) / config.run_name
     if resume in POLICIES and not dry_run:
         ranks.on_main(lambda: check_unfinished(config, run_folder))

@@ -16,7 +16,7 @@ from typing import Any
 
 from progscale.cli import main
 from progscale.config import load_config
-from progscale.errors import ConfigError
+from progscale.errors import ConfigError, NetworkError
 from progscale.trackers import RunFolder
 from tests.harness.cases import reset_accelerate
 
@@ -112,6 +112,31 @@ def measured_here() -> dict[str, Any]:
 
     start_process_group()
     return measure(torch.device("cpu"), int(os.environ["LOCAL_WORLD_SIZE"]), os.environ).to_json()
+
+
+def measured_with_a_rank_that_hangs() -> str:
+    """What every rank is told when one does not come out of a call; runs in each rank."""
+    import time
+
+    import torch
+
+    from progscale import preflight
+
+    def hang(found: dict[str, Any], *args: Any) -> None:
+        if os.environ["RANK"] == "1":
+            time.sleep(60)
+        found.update(flops=1.0, within=1.0, all=1.0, latency=1.0)
+
+    start_process_group()
+    look = preflight._look
+    vars(preflight)["_look"] = hang
+    try:
+        preflight.measure(torch.device("cpu"), 2, os.environ, seconds=0.3)
+    except NetworkError as error:
+        return str(error)
+    finally:
+        vars(preflight)["_look"] = look
+    return ""
 
 
 def folder_on_all_ranks(path: str) -> str:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -121,13 +122,53 @@ def test_a_file_that_nobody_can_read_is_waited_for_too(tmp_path: Path, content: 
     assert time.monotonic() - begin > 0.9
 
 
-def test_a_folder_that_was_taken_is_left_alone(tmp_path: Path) -> None:
-    """Of a process that stood still for long (SIGSTOP, a suspended job)."""
+def test_a_folder_that_was_taken_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a process that stood still for long (SIGSTOP, a suspended job): two would write there."""
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
     held = hold(tmp_path)
     of_another_machine(tmp_path)
     time.sleep(0.4)
     held.release()
+    assert codes == [1]
+    assert f"another process has taken '{tmp_path}' while this one stood still" in capsys.readouterr().err
     assert json.loads((tmp_path / OWNER).read_text())["host"] == "node7"
+
+
+def test_a_file_server_that_is_away_for_a_while_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, load, away = hold(tmp_path), owner.Hold._load, [True]
+
+    def failing(self: owner.Hold) -> Any:
+        if away[0]:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return load(self)
+
+    monkeypatch.setattr(owner.Hold, "_load", failing)
+    time.sleep(0.4)
+    before = json.loads((tmp_path / OWNER).read_text())["beat"]
+    (tmp_path / OWNER).write_text("{")  # half of what was written
+    away[0] = False
+    time.sleep(0.3)
+    (tmp_path / OWNER).write_text(json.dumps({"token": held._token}))
+    time.sleep(0.4)
+    assert json.loads((tmp_path / OWNER).read_text())["beat"] > before
+    held.release()
+
+
+def test_of_two_that_take_a_folder_at_once_one_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have waited for the same dead process, and the other one writes last."""
+    of_another_machine(tmp_path)
+    write = owner.Hold._write
+
+    def overtaken(self: owner.Hold) -> None:
+        write(self)
+        of_another_machine(tmp_path, token="another's", host="node9")
+
+    monkeypatch.setattr(owner.Hold, "_write", overtaken)
+    with pytest.raises(ConfigError, match=r"on node9 .*is at work in"):
+        hold(tmp_path)
 
 
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,6 +104,20 @@ def test_without_a_launchers_store_there_is_nothing_to_meet_at() -> None:
     meet({"RANK": "1", "WORLD_SIZE": "2"}, 0.0, print)
 
 
+def test_a_node_without_gpus_among_others_is_named() -> None:
+    """It would wait in gloo for ranks that wait in NCCL."""
+    assert preflight._without_gpus([("a", 8), ("b", 8)]) == preflight._without_gpus([("a", 0), ("b", 0)]) == ""
+    why = preflight._without_gpus([("a", 8), ("a", 8), ("b", 0), ("b", 0), ("c", 0)])
+    assert why == "torch sees no GPU on b, c, and some on a: see nvidia-smi and progscale doctor there"
+
+
+def test_what_hangs_within_a_call_is_told_too(two_ranks: TwoRanks) -> None:
+    """NCCL sets its connections up there, for as long as it takes."""
+    for answer in two_ranks.run("tests.harness.programs:measured_with_a_rank_that_hangs"):
+        assert answer.startswith("an all-reduce of all ranks fails although neighbours reach each other: rank "), answer
+        assert "not done after" in answer
+
+
 def test_the_own_address_is_that_of_the_interface() -> None:
     assert own_address({"MASTER_ADDR": "127.0.0.1"}) == "127.0.0.1"
     assert own_address({"GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "192.0.2.1"}) == "127.0.0.1"
