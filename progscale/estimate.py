@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from progscale.config import Config, micro_batch_size
-from progscale.config.deepspeed import nvme_folder, second_copies
+from progscale.config.deepspeed import check_groups, nvme_folder, second_copies
 from progscale.cost import Flops, StateBytes, Traffic, state_bytes
 from progscale.plan import Plan, PlanStage, compute_share
 
@@ -186,8 +186,9 @@ def stage_costs(
         activations_too: count them, which takes seconds for a large model.
 
     Raises:
-        ConfigError: the ranks cannot share the global batch.
+        ConfigError: the ranks cannot share the global batch, or be cut into groups for second copies of the parameters.
     """
+    check_groups(config.engine.deepspeed, world_size)
     rows, length = config.train.global_batch_size, config.train.max_length
     micro = micro_batch_size(config, world_size)
     micro_batches = -(-rows // (world_size * micro))

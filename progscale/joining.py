@@ -16,7 +16,7 @@ import torch
 from progscale.cache import Nodes, nodes_of
 from progscale.checks import Check
 from progscale.config import Config, dump_config, micro_batch_size
-from progscale.config.deepspeed import second_copies
+from progscale.config.deepspeed import check_groups
 from progscale.engine import ranks
 from progscale.engine.deepspeed import check_release
 from progscale.engine.launch import check_precision, choose_interface, make_accelerator
@@ -129,7 +129,7 @@ def check_engine(config: Config, world_size: int) -> None:
         ConfigError: `plain` on several processes (`ddp` on one process is plain training, as everywhere), or second copies of the
             parameters that the ranks cannot share equally.
     """
-    check_second_copies(config, world_size)
+    check_groups(config.engine.deepspeed, world_size)
     if config.engine.name == "plain" and world_size > 1:
         raise ConfigError(Fault("engine.name", f"'plain' is one process, but {world_size} were started; take 'ddp' or 'auto'"))
 
@@ -161,23 +161,6 @@ def check_disk(config: Config, elements: int, nodes: Nodes) -> None:
                 found[told] += f", {host}"
     if found:
         raise UserError("\n".join(f"on {hosts}: {told}" for told, hosts in found.items()))
-
-
-def check_second_copies(config: Config, world_size: int) -> None:
-    """Refuses groups for second copies of the parameters that do not divide the ranks.
-
-    Raises:
-        ConfigError: naming the sizes that do.
-    """
-    size = second_copies((config.engine.deepspeed or {}).get("zero_optimization", {}))
-    if world_size % size:
-        allowed = ", ".join(str(number) for number in range(1, world_size + 1) if world_size % number == 0)
-        key = "engine.deepspeed.zero_optimization.zero_hpz_partition_size"
-        raise ConfigError(
-            Fault(
-                key, f"{size} ranks in a group do not divide the {world_size} of this run; allowed: {allowed} (those of a node)"
-            )
-        )
 
 
 def check_same_on_all_ranks(config: Config, options: Mapping[str, Any] | None = None) -> None:

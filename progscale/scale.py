@@ -227,15 +227,21 @@ def _gathered_bytes(parameters: int, config: Config) -> int:
 
 
 def _time(plan: Plan, config: Config, cluster: Cluster, cost: StageCost) -> StepTime:
-    state, offloaded = cost.rank.state, cost.rank.host + cost.rank.disk
+    offloaded, state = zero(config)[1], cost.rank.state
+    stepped, on_host = state.gradients + state.optimizer, "optimizer" in offloaded
+    # Gradients go down, and as many weights come up; of offloaded weights this rank's part each time that they are gathered.
+    # Those in files too: the kernel keeps in memory what there is room for, and how much that is nobody knows here.
+    moved = 2 * state.gradients * on_host
+    if "param" in offloaded:
+        moved += (cost.traffic.all_gather + cost.traffic.gather_in_group) // cluster.world_size
     return step_time(
         cluster,
         flops=cost.flops.total,
         traffic=cost.traffic,
         bucket=_bucket_bytes(plan, config),
-        state=0 if offloaded else state.gradients + state.optimizer,
-        # From files too: the kernel keeps in memory what there is room for, and how much that is nobody knows here.
-        host=offloaded,
+        state=0 if on_host else stepped,
+        moved=moved,
+        host_state=stepped if on_host else 0,
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from progscale.config import deepspeed_keys as keys
 from progscale.config.read import KeyPath, dotted, show
-from progscale.errors import Fault, nearest
+from progscale.errors import ConfigError, Fault, nearest
 
 PREFIX = ("engine", "deepspeed")
 Where = Callable[[KeyPath], str]
@@ -194,6 +194,27 @@ def second_copies(zero: Mapping[str, Any]) -> int:
         zero: the section `zero_optimization`.
     """
     return int(zero.get("zero_hpz_partition_size", 1))
+
+
+def check_groups(deepspeed: Mapping[str, Any] | None, world_size: int) -> None:
+    """Refuses groups for second copies of the parameters that do not divide the ranks.
+
+    Args:
+        deepspeed: literal keys.
+        world_size: ranks.
+
+    Raises:
+        ConfigError: naming the sizes that do.
+    """
+    size = second_copies((deepspeed or {}).get("zero_optimization", {}))
+    if world_size % size:
+        allowed = ", ".join(str(number) for number in range(1, world_size + 1) if world_size % number == 0)
+        key = "engine.deepspeed.zero_optimization.zero_hpz_partition_size"
+        raise ConfigError(
+            Fault(
+                key, f"{size} ranks in a group do not divide the {world_size} of this run; allowed: {allowed} (those of a node)"
+            )
+        )
 
 
 def nvme_folder(deepspeed: Mapping[str, Any] | None) -> str | None:

@@ -77,6 +77,8 @@ GPUS: Mapping[str, Gpu] = {
 }
 # Between GPU and CPU, 16 lanes of PCIe 4: for what is offloaded.
 HOST_LINK = 25e9
+# Of a node's CPU, bytes a second: eight channels of DDR4-3200. Its ranks share it.
+HOST_MEMORY = 200e9
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,9 @@ class StepTime:
         }
 
 
-def step_time(cluster: Cluster, *, flops: float, traffic: Traffic, bucket: float, state: float, host: float) -> StepTime:
+def step_time(
+    cluster: Cluster, *, flops: float, traffic: Traffic, bucket: float, state: float, moved: float = 0.0, host_state: float = 0.0
+) -> StepTime:
     """Time of a step.
 
     Args:
@@ -153,13 +157,14 @@ def step_time(cluster: Cluster, *, flops: float, traffic: Traffic, bucket: float
         traffic: of a rank.
         bucket: bytes of a collective at most.
         state: bytes on the GPU that the update reads and writes.
-        host: bytes of gradients, weights and state that offload moves between GPU and CPU.
+        moved: bytes that offload moves between the GPU and CPU memory.
+        host_state: bytes in CPU memory that the update reads and writes there.
     """
     ranks = cluster.world_size
     wire, counts = traffic.wire(ranks), [traffic.all_reduce, traffic.all_gather, traffic.reduce_scatter]
     between = wire
-    if traffic.group > cluster.gpus:
-        # The group is on several nodes.
+    if cluster.gpus % traffic.group:
+        # Some groups are on several nodes.
         between += traffic.group_wire
         counts.append(traffic.gather_in_group)
     slowest = between / cluster.between if cluster.nodes > 1 else 0.0
@@ -167,5 +172,5 @@ def step_time(cluster: Cluster, *, flops: float, traffic: Traffic, bucket: float
         slowest = max(slowest, (wire + traffic.group_wire) / cluster.within)
     calls = sum(math.ceil(count / bucket) for count in counts)
     waits = calls * cluster.latency * math.ceil(math.log2(ranks)) if ranks > 1 else 0.0
-    update = 2 * state / cluster.memory_bandwidth + 2 * host / HOST_LINK
+    update = 2 * state / cluster.memory_bandwidth + 2 * host_state * cluster.gpus / HOST_MEMORY + moved / HOST_LINK
     return StepTime(flops / ranks / cluster.flops, slowest + waits, update)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from progscale.config import Config, load_config
-from progscale.errors import UserError
+from progscale.errors import ConfigError, UserError
 from progscale.estimate import rank_state
 from progscale.plan import plan_for
 from progscale.scale import USABLE, Scale, make_cluster, render_scale, scale_plan, with_rows
@@ -170,3 +170,30 @@ def test_the_command() -> None:
     assert set(scale["by_nodes"]) == {"1", "2", "4", "8", "16", "32", "64", "128"}
     answer = in_process("plan", "--nodes", "2", "--world-size", "3", "--model", "bert-base-uncased")
     assert answer.code == 2 and "--world-size: 3, but --nodes and --gpus-per-node make 16" in answer.err
+
+
+def test_second_copies_spare_the_network_between_nodes() -> None:
+    """Of a slow one; and groups that the ranks cannot be cut into are refused, or left out of what else is shown."""
+    group = "engine.deepspeed.zero_optimization.zero_hpz_partition_size={}"
+    # Each micro-batch's backward pass gathers again.
+    again = "engine.deepspeed.zero_optimization.stage3_max_reuse_distance=0"
+    slow: dict[str, Any] = {"files": (ZERO3,), "between_gbits": 1.0, "nodes": 4}
+    plain, copied = scaled(again, **slow), scaled(again, group.format(4), **slow)
+    assert copied.stages[0].time.communicate < plain.stages[0].time.communicate
+    assert copied.stages[-1].time.communicate < 0.7 * plain.stages[-1].time.communicate, "what is frozen stays within the node"
+    assert all(copied.stages[index].bytes > plain.stages[index].bytes for index in range(3))
+    with pytest.raises(ConfigError, match="zero_hpz_partition_size: 5 ranks in a group do not divide the 16 of this run"):
+        scaled(group.format(5), **slow)
+    wide = scaled(group.format(16), **slow)
+    assert min(wide.sweep) == 4, "fewer nodes have no 16 ranks"
+
+
+def test_what_offload_moves() -> None:
+    zero = "engine.deepspeed.zero_optimization."
+    kept = scaled(files=(ZERO3,))
+    optimizer = scaled(zero + 'offload_optimizer={"device": "cpu"}', files=(ZERO3,))
+    both = scaled(zero + 'offload_optimizer={"device": "cpu"}', zero + 'offload_param={"device": "cpu"}', files=(ZERO3,))
+    weights = scaled(zero + 'offload_param={"device": "cpu"}', files=(ZERO3,))
+    first = [found.stages[0].time.update for found in (kept, weights, optimizer, both)]
+    assert first == sorted(first) and len(set(first)) == 4
+    assert first[1] - first[0] == pytest.approx(first[3] - first[2]), "weights cost the same wherever the optimizer is"

@@ -7,14 +7,14 @@ import dataclasses
 import pytest
 
 from progscale.cost import GPUS, Cluster, Traffic, step_time
-from progscale.cost.cluster import HOST_LINK
+from progscale.cost.cluster import HOST_LINK, HOST_MEMORY
 
 CLUSTER = Cluster(nodes=4, gpus=8, memory=80e9, flops=100e12, memory_bandwidth=2e12, within=300e9, between=25e9, latency=1e-5)
 GIGABYTE = 10**9
 
 
 def seconds(cluster: Cluster = CLUSTER, **given: float | Traffic) -> tuple[float, float, float]:
-    values = {"flops": 0.0, "traffic": Traffic(), "bucket": 1e12, "state": 0.0, "host": 0.0, **given}
+    values = {"flops": 0.0, "traffic": Traffic(), "bucket": 1e12, "state": 0.0, **given}
     time = step_time(cluster, **values)  # type: ignore[arg-type]
     return time.compute, time.communicate, time.update
 
@@ -50,6 +50,10 @@ def test_a_group_of_ranks_on_one_node_spares_the_network() -> None:
     assert seconds(dataclasses.replace(slow, between=1e30), traffic=sent)[1] == pytest.approx((far + near) / 300e9)
     wide = dataclasses.replace(sent, group=16)
     assert seconds(slow, traffic=wide)[1] == pytest.approx((far + GIGABYTE * 15 / 16) / 25e9), "two nodes have a copy together"
+    odd = dataclasses.replace(sent, group=6)
+    straddling = dataclasses.replace(slow, nodes=3)
+    far_of_24, near_of_6 = GIGABYTE * 23 / 24, GIGABYTE * 5 / 6
+    assert seconds(straddling, traffic=odd)[1] == pytest.approx((far_of_24 + near_of_6) / 25e9), "ranks 6 to 11 are on two nodes"
     # Buckets between nodes alone wait.
     waiting = dataclasses.replace(CLUSTER, within=1e30, between=1e30)
     assert seconds(waiting, traffic=sent, bucket=GIGABYTE)[1] == pytest.approx(1 * 1e-5 * 5)
@@ -63,10 +67,12 @@ def test_every_bucket_waits_once_for_each_doubling_of_the_ranks() -> None:
 
 
 def test_computing_and_the_update() -> None:
-    compute, _, update = seconds(flops=32 * 100e12, state=1e12, host=HOST_LINK)
+    compute, _, update = seconds(flops=32 * 100e12, state=1e12, moved=HOST_LINK)
     assert compute == pytest.approx(1.0)
-    assert update == pytest.approx(1.0 + 2.0), "state is read and written, and so is what goes to the CPU"
-    time = step_time(CLUSTER, flops=32 * 100e12, traffic=Traffic(all_gather=10 * GIGABYTE), bucket=1e12, state=0.0, host=0.0)
+    assert update == pytest.approx(1.0 + 1.0), "state is read and written, what goes to the CPU goes once"
+    # Eight ranks of a node update in one CPU's memory.
+    assert seconds(host_state=HOST_MEMORY / 8)[2] == pytest.approx(2.0)
+    time = step_time(CLUSTER, flops=32 * 100e12, traffic=Traffic(all_gather=10 * GIGABYTE), bucket=1e12, state=0.0)
     assert time.shortest == time.compute and time.longest == time.compute + time.communicate
 
 
