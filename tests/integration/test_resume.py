@@ -126,6 +126,38 @@ def test_state_in_8_bits_goes_on_under_another_engine(told: type[Told], tmp_path
     assert losses[0][-5:] == pytest.approx(losses[1], abs=0.02)
 
 
+def test_a_script_is_told_when_there_is_something_to_go_on_from(
+    told: type[Told], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before that it must start the run as its owner wanted: from another run's checkpoint, or anew."""
+    begun = tmp_path / "begun"
+    monkeypatch.setenv("PROGSCALE_BEGUN", str(begun))
+    told.stop_at = 2
+    assert train(tmp_path / "first").code == 75
+    assert begun.exists()
+    begun.unlink()
+    source = str(tmp_path / "first" / "a")
+
+    class Crash(RuntimeError):
+        pass
+
+    def crash(self: Session, *args: Any, **options: Any) -> None:
+        raise Crash
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Told, "begin_stage", crash)
+        with pytest.raises(Crash):
+            train(tmp_path / "second", "--resume", source)
+        assert not begun.exists(), "it has nothing of its own yet"
+        with pytest.raises(Crash):
+            train(tmp_path / "third", "--resume", "never")
+        assert begun.exists(), "--resume never would throw away what it does from now on"
+        begun.unlink()
+    told.stop_at = 3
+    assert train(tmp_path / "second", "--resume", source).code == 75
+    assert begun.exists()
+
+
 def test_told_to_stop_while_evaluating(told: type[Told], whole: Path, tmp_path: Path) -> None:
     """The evaluation of that step is made up for, also when it is that of the last step."""
     for evaluation in (1, 2, 2):
