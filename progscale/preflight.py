@@ -36,7 +36,8 @@ POLL_SECONDS = 0.0002
 # A node or connection with less than this share of the others' median is told of; ranks of one CPU are in each other's way.
 SLOW_GPU, SLOW_CPU = 0.5, 0.3
 REPEATS = 4
-IN_A_ROW = 20
+# Exchanges in a row: through a slow network, where each takes long enough, and within a node or of nearly nothing.
+FEW, MANY = 4, 20
 # A process may begin several runs, and what was put down for one is not for the next; all ranks count alike.
 _MEETINGS = itertools.count()
 
@@ -306,13 +307,17 @@ def measure(device: torch.device, local: int, environment: Mapping[str, str], se
             _look(found, device, size, local, seconds)
         except (_StuckError, RuntimeError) as error:
             found["stuck"] = str(error).partition("\n")[0]
+        except Exception as error:
+            crashed.append(error)
         finally:
             done.set()
 
     # NCCL sets connections up within its calls, for which it has no limit.
-    done = threading.Event()
+    done, crashed = threading.Event(), list[Exception]()
     threading.Thread(target=look, name="preflight", daemon=True).start()
     told = {**found, "stuck": f"not done after {3 * seconds:.0f} s"} if not done.wait(3 * seconds) else found
+    if crashed:
+        raise crashed[0]
     store.set(f"found/{rank}", json.dumps(told))
     if rank == 0:
         store.set("report", json.dumps(_report(store, world_size, local, size, seconds)))
@@ -342,12 +347,12 @@ def _look(found: dict[str, Any], device: torch.device, size: int, local: int, se
         if node in (one, other):
             found["at"] = [one, other]
             peer = (other if node == one else one) * local + position
-            found["links"][f"{one}-{other}"] = size * 4 / _best(partial(_exchange, peer, out, into), seconds)
+            found["links"][f"{one}-{other}"] = size * 4 / _best(partial(_exchange, peer, out, into), seconds, FEW)
     found["at"] = None
-    within = None if inside is None else _best(partial(_all_reduce, out, inside), seconds)
+    within = None if inside is None else _best(partial(_all_reduce, out, inside), seconds, MANY)
     found["within"] = None if within is None else size * 4 / within
-    found["all"] = size * 4 / _best(partial(_all_reduce, out, None), seconds)
-    found["latency"] = _best(partial(_all_reduce, out[:1], None), seconds)
+    found["all"] = size * 4 / _best(partial(_all_reduce, out, None), seconds, FEW)
+    found["latency"] = _best(partial(_all_reduce, out[:1], None), seconds, MANY)
     if inside is not None:
         dist.destroy_process_group(inside)  # with its buffers
 
@@ -402,16 +407,16 @@ def _report(store: Any, world_size: int, local: int, size: int, seconds: float) 
     }
 
 
-def _best(action: Callable[[], Iterable[Any]], seconds: float, in_a_row: int | None = None) -> float:
+def _best(action: Callable[[], Iterable[Any]], seconds: float, in_a_row: int = 1) -> float:
     """Seconds of the quickest of some; the first one sets connections up.
 
     Args:
         action: begins it.
         seconds: that it may take.
-        in_a_row: begun one after the other without a wait, so that looking whether they are done does not count; by default
-            where NCCL does them, each of which may be quicker than a look.
+        in_a_row: begun one after the other without a wait where NCCL does them, each of which may be quicker than a look whether
+            it is done; the same on all ranks.
     """
-    in_a_row = in_a_row or (1 if dist.get_backend() == "gloo" else IN_A_ROW)
+    in_a_row = 1 if dist.get_backend() == "gloo" else in_a_row
     times = []
     for repeat in range(REPEATS):
         count = in_a_row if repeat else 1
