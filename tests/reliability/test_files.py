@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
 from tests.harness.interrupted import Runs, same, twelve
-from tests.harness.programs import in_process
 
 ENGINE = "zero3-offload"
 # Wide enough for a partition of a feed-forward matrix to be worth a file.
@@ -32,15 +32,18 @@ def test_killed_and_resumed(runs: Runs, tmp_path: Path) -> None:
     assert list(disk.iterdir()) == []
 
 
-def test_the_folder_is_looked_at_before_time_is_spent(tmp_path: Path) -> None:
+def test_the_folder_is_looked_at_before_time_is_spent(runs: Runs, tmp_path: Path) -> None:
     missing = tmp_path / "none"
-    changes = {**on_disk(missing), "train__global_batch_size": 32}
-    answer = in_process("train", *twelve(tmp_path, ENGINE, **changes))
-    assert answer.code == 2
-    assert f"offload_param.nvme_path: '{missing}' is not a folder; make one on a disk of this machine" in answer.err
+    ended = runs.train(tmp_path, ENGINE, **on_disk(missing))
+    assert [rank.code for rank in ended] == [2, 2]
+    host = socket.gethostname()
+    told = (
+        f"on {host}: engine.deepspeed.zero_optimization.offload_param.nvme_path: '{missing}' is not a folder; make one on a disk"
+    )
+    assert told in ended[0].err
     assert not (tmp_path / "a").exists()
-    told = in_process("doctor", "--format", "json", *twelve(tmp_path, ENGINE, **changes))
-    assert f"'{missing}' is not a folder" in told.out
-    (tmp_path / "disk").mkdir()
-    told = in_process("doctor", "--format", "json", *twelve(tmp_path, ENGINE, **on_disk(tmp_path / "disk")))
-    assert "MiB for partitions of the parameters, of " in told.out
+    for folder, says in ((missing, f"'{missing}' is not a folder"), (tmp_path, "MiB for partitions of the parameters, of ")):
+        (told,) = (
+            rank.out for rank in runs.forks.run(["doctor", "--format", "json", *twelve(tmp_path, ENGINE, **on_disk(folder))])
+        )
+        assert says in told

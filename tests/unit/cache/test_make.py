@@ -11,13 +11,14 @@ from progscale.cache import Nodes, Repeats, check_cache, nodes_of
 from progscale.config import Cache, Config, Schedule, Train
 from progscale.engine import ranks
 from progscale.errors import ScheduleError
+from progscale.launcher import VARIABLES
 from progscale.plan import plan_for
 from progscale.schedule import Stage
 from progscale.session import Session
 
 
 def nodes(monkeypatch: pytest.MonkeyPatch, world_size: int, rank: int, mine: dict[str, str], others: list[int]) -> Nodes:
-    for key in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+    for key in (*VARIABLES, "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
         monkeypatch.delenv(key, raising=False)
     for key, value in mine.items():
         monkeypatch.setenv(key, value)
