@@ -34,14 +34,12 @@ class Where:
         frozen: names of the stage's frozen parameters.
         mapped: names of those in files.
         bytes: in files, and how many are planned.
-        named: files that are seen in the folder.
         mappings: of files without a name that the process has.
     """
 
     frozen: set[str]
     mapped: set[str]
     bytes: tuple[int, int]
-    named: list[str]
     mappings: int
 
 
@@ -73,8 +71,7 @@ def look(schedule: str, embeddings: str, options: dict[str, Any], engine: str = 
         held = [made._held(name) for name in sorted(in_files(made))]
         size = sum(tensor.numel() * tensor.element_size() for tensor in held)
         planned = rank_state(config, sum(numels.values()), live, 0, made.world_size, 8).disk
-        named = [path.name for path in Path(cases.FILES["nvme_path"]).glob("progscale-*.partition")]
-        found.append(Where(set(numels) - set(build.live), in_files(made), (size, planned), named, mappings()))
+        found.append(Where(set(numels) - set(build.live), in_files(made), (size, planned), mappings()))
     made.close()
     del made, module, held
     return found, mappings()
