@@ -7,26 +7,18 @@ export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIG
 # By default workers are killed 30 s after the signal; a large checkpoint on a slow disk takes longer.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
 # On several machines torchrun guesses from names which of them keeps the store, and tells the others the name that this one
-# gives itself; where names cannot be looked up both go wrong. Addresses are told instead: the one from which the head is
-# reached, which on the head itself is the head's. There its name may stand for its loopback (Debian: 127.0.1.1), where nobody
-# else finds it: then it is the one on the way to another machine.
-find_address='import ipaddress, socket, sys
-def reach(host):
-    family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.connect(address)
-        return probe.getsockname()[0], address[0]
-head, peer = sys.argv[1:]
-own, there = reach(head)
-is_host = own == there
-if ipaddress.ip_address(there).is_loopback and head not in (there, "localhost"):
-    own, is_host = reach(peer or "192.0.2.1")[0], True
+# gives itself; where names cannot be looked up both go wrong. Addresses are told instead (progscale/launcher.py): the one from
+# which the head is reached, which on the head itself is the head's.
+find_address='import sys
+from progscale.launcher import towards_head
+own, is_host = towards_head(sys.argv[1])
 print(own, int(is_host))'
+home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) # a checkout works without being installed too
 told=()
 previous=
 for argument in "$@"; do
   if [ "$previous" = --main_process_ip ]; then
-    if ! found=$(python -c "$find_address" "$argument" "${PROGSCALE_PEER_ADDRESS:-}" 2>/dev/null); then
+    if ! found=$(PYTHONPATH="$home${PYTHONPATH:+:$PYTHONPATH}" python -c "$find_address" "$argument" 2>/dev/null); then
       echo "launch.sh: --main_process_ip: '$argument' cannot be looked up or reached from $(hostname), or is its loopback: give an address" >&2
       exit 2
     fi

@@ -261,10 +261,11 @@ def memory_checks(config: Config, elements: Elements, ranks: Ranks, gpus: Sequen
 
 def offload_checks(config: Config, elements: Elements, ranks: Ranks) -> list[Check]:
     """Whether this machine's ranks can put their partitions where the config offloads the parameters to."""
-    from progscale.engine.mapped import check_folder, folder_of
+    from progscale.config.deepspeed import nvme_folder
+    from progscale.engine.mapped import check_folder
     from progscale.estimate import partition_bytes
 
-    folder = folder_of(config.engine.deepspeed)
+    folder = nvme_folder(config.engine.deepspeed)
     if folder is None:
         return []
     needed = ranks.local * partition_bytes(config, elements.total, ranks.world_size)

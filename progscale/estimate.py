@@ -89,9 +89,9 @@ def rank_state(config: Config, total: int, live: int, four_bit: int, world_size:
 
     With AdamW a live parameter costs 4 + 4 + 8 bytes, a frozen one 4, a quantised one half a byte. Under DeepSpeed `bf16_params`
     and `fp16` cost 2 + 2 + 12 (with fp32 accumulation 2 + 4 + 12; a frozen one 2), and fp32 weights are kept twice (4 + 4 + 12).
-    ZeRO 1 divides the last number by the ranks, 2 the gradients too, 3 the weights too. With parameters on NVMe what
-    is frozen lies in files. Second copies of the weights come
-    on top, shared by the ranks of a group; those of what is live lie there from the first backward pass to the step.
+    ZeRO 1 divides the last number by the ranks, 2 the gradients too, 3 the weights too. With parameters on NVMe what is frozen
+    lies in files. Second copies of the weights come on top, shared by the ranks of a group; those of what is live lie there from
+    the first backward pass to the step.
 
     Args:
         config: of the run.

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from progscale.cache import Nodes, nodes_of
+from progscale.cache import nodes_of
 from progscale.checks import Check
 from progscale.config import Config, dump_config, micro_batch_size
-from progscale.config.deepspeed import check_groups
+from progscale.config.deepspeed import check_groups, nvme_folder
 from progscale.engine import ranks
 from progscale.engine.deepspeed import check_release
 from progscale.engine.launch import check_precision, choose_interface, make_accelerator
-from progscale.engine.mapped import check_folder, folder_of
+from progscale.engine.mapped import check_folder
 from progscale.errors import ConfigError, Fault, NetworkError, UserError
 from progscale.estimate import partition_bytes
 from progscale.launcher import read_ranks
@@ -46,10 +46,8 @@ def join_ranks(config: Config, options: Mapping[str, Any]) -> tuple[Any, Network
     """
     deepspeed = config.engine.deepspeed
     accelerator, local = meet_ranks(config, deepspeed)
-    network = None
-    if config.engine.preflight == "auto" and read_ranks(os.environ).machines_are_several:
-        # Before any other collective, in which all would wait without a name.
-        network = measure(torch.device(accelerator.device), local or nodes_of(accelerator).local, os.environ)
+    # Before any other collective, in which all would wait without a name.
+    network = _measured(accelerator, local) if _looks_first(config) else None
     check_precision(config.train.precision, torch.device(accelerator.device), deepspeed is not None)
     check_same_on_all_ranks(config, options)
     check_engine(config, int(accelerator.num_processes))
@@ -68,7 +66,7 @@ def meet_ranks(config: Config, deepspeed: Mapping[str, Any] | None) -> tuple[Any
         NetworkError: some rank does not come, or cannot be reached.
     """
     local = 0
-    if config.engine.preflight == "auto" and read_ranks(os.environ).machines_are_several:
+    if _looks_first(config):
         choose_interface()
         local = meet(
             os.environ, config.engine.timeout_seconds, lambda line: print(f"progscale: {line}", file=sys.stderr, flush=True)
@@ -76,6 +74,15 @@ def meet_ranks(config: Config, deepspeed: Mapping[str, Any] | None) -> tuple[Any
     # The watch says which rank hangs; a collective that gives up first knows only that one does.
     accelerator = make_accelerator(deepspeed=deepspeed, timeout_seconds=config.engine.timeout_seconds + WATCH_FIRST_SECONDS)
     return accelerator, local
+
+
+def _looks_first(config: Config) -> bool:
+    return config.engine.preflight == "auto" and read_ranks(os.environ).machines_are_several
+
+
+def _measured(accelerator: Any, local: int) -> Network:
+    """With the ranks of a node as `meet_ranks` gives them."""
+    return measure(torch.device(accelerator.device), local or nodes_of(accelerator).local, os.environ)
 
 
 def measure_ranks(config: Config, save: str | None) -> list[Check]:
@@ -91,7 +98,7 @@ def measure_ranks(config: Config, save: str | None) -> list[Check]:
     """
     accelerator, local = meet_ranks(config, None)
     try:
-        network = measure(torch.device(accelerator.device), local or nodes_of(accelerator).local, os.environ)
+        network = _measured(accelerator, local)
         ranks.on_main(lambda: write_network(network, save) if save is not None else None)
     except NetworkError:
         raise  # the process group's own end would wait for what is stuck
@@ -134,33 +141,32 @@ def check_engine(config: Config, world_size: int) -> None:
         raise ConfigError(Fault("engine.name", f"'plain' is one process, but {world_size} were started; take 'ddp' or 'auto'"))
 
 
-def check_disk(config: Config, elements: int, nodes: Nodes) -> None:
+def check_disk(config: Config, elements: int, world_size: int) -> None:
     """Looks on every machine whether its ranks can put their partitions where the config offloads them to. A collective.
 
     Args:
         config: of the run.
         elements: of the model.
-        nodes: of the run.
+        world_size: ranks.
 
     Raises:
         UserError: naming the machines on which they cannot.
     """
-    folder = folder_of(config.engine.deepspeed)
+    folder = nvme_folder(config.engine.deepspeed)
     if folder is None:
         return
     problem = None
     try:
-        check_folder(folder, partition_bytes(config, elements, nodes.world_size) * read_ranks(os.environ).local)
-    except (UserError, OSError) as error:
+        check_folder(folder, partition_bytes(config, elements, world_size) * read_ranks(os.environ).local)
+    except UserError as error:
         problem = str(error)
-    found: dict[str, str] = {}
-    for host, told in ranks.gather_objects((node_name(os.environ), problem)):
+    # Of every machine that has one, where `on_all` would tell the first alone.
+    hosts: dict[str, list[str]] = {}
+    for host, told in dict.fromkeys(ranks.gather_objects((node_name(os.environ), problem))):
         if told is not None:
-            found.setdefault(told, host)
-            if host not in found[told].split(", "):
-                found[told] += f", {host}"
-    if found:
-        raise UserError("\n".join(f"on {hosts}: {told}" for told, hosts in found.items()))
+            hosts.setdefault(told, []).append(host)
+    if hosts:
+        raise UserError("\n".join(f"on {', '.join(names)}: {told}" for told, names in hosts.items()))
 
 
 def check_same_on_all_ranks(config: Config, options: Mapping[str, Any] | None = None) -> None:

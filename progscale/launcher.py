@@ -93,10 +93,19 @@ def address_towards(host: str) -> str:
     Raises:
         OSError: the host's name is not known, or no way leads there.
     """
+    return towards_head(host)[0]
+
+
+def towards_head(host: str) -> tuple[str, bool]:
+    """As `address_towards`; and whether this machine is that host. launch/launch.sh asks too.
+
+    Raises:
+        OSError: as `address_towards`.
+    """
     own, there = _reach(host)
     if ipaddress.ip_address(there).is_loopback and host not in (there, "localhost"):
-        return _reach(os.environ.get("PROGSCALE_PEER_ADDRESS") or EVERYWHERE)[0]
-    return own
+        return _reach(os.environ.get("PROGSCALE_PEER_ADDRESS") or EVERYWHERE)[0], True
+    return own, own == there
 
 
 def _reach(host: str) -> tuple[str, str]:

@@ -95,7 +95,7 @@ def prepare(
         console.show(notice)
     nodes = nodes_of(accelerator)
     if not dry_run:
-        check_disk(config, sum(info.numel for info in parts.parameters.values()), nodes)
+        check_disk(config, sum(info.numel for info in parts.parameters.values()), int(accelerator.num_processes))
     if network is not None:
         show_network(network, console, on_gpu=torch.device(accelerator.device).type == "cuda")
     run_folder = Path(config.run.output_dir) / config.run_name

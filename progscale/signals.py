@@ -7,7 +7,6 @@ Needs no torch, whose import alone takes seconds in which a signal may come.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -193,8 +192,7 @@ def mark_begun() -> None:
     Until then a script that starts it again leaves `--resume` as its owner gave it.
     """
     if asked := os.environ.get(BEGUN_MARKER):
-        with contextlib.suppress(OSError):  # on a full disk it is not needed: nothing was saved
-            Path(asked).touch()
+        _leave(Path(asked), "")
 
 
 def mark_preempted(folder: Path, step: int | None, signal: str | None) -> None:
@@ -211,10 +209,14 @@ def mark_preempted(folder: Path, step: int | None, signal: str | None) -> None:
     content = json.dumps({"step": step, "signal": signal, "time": round(time.time(), 3)}) + "\n"
     asked = os.environ.get(ASKED_MARKER)
     for marker in (folder / PREEMPTED, *([Path(asked)] if asked else [])):
-        partial = marker.with_name(f".{marker.name}.{os.getpid()}")
-        try:
-            marker.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(content, encoding="utf-8")
-            os.replace(partial, marker)
-        except OSError as error:
-            print(f"progscale: the marker {marker} cannot be written ({error.strerror})", file=sys.stderr)
+        _leave(marker, content)
+
+
+def _leave(marker: Path, content: str) -> None:
+    partial = marker.with_name(f".{marker.name}.{os.getpid()}")
+    try:
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(content, encoding="utf-8")
+        os.replace(partial, marker)
+    except OSError as error:
+        print(f"progscale: the marker {marker} cannot be written ({error.strerror})", file=sys.stderr)

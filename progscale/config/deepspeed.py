@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from progscale.config import deepspeed_keys as keys
@@ -217,14 +218,14 @@ def check_groups(deepspeed: Mapping[str, Any] | None, world_size: int) -> None:
         )
 
 
-def nvme_folder(deepspeed: Mapping[str, Any] | None) -> str | None:
+def nvme_folder(deepspeed: Mapping[str, Any] | None) -> Path | None:
     """Where a DeepSpeed JSON wants the files of offloaded parameters; None where it wants none.
 
     Args:
         deepspeed: literal keys.
     """
     block = ((deepspeed or {}).get("zero_optimization") or {}).get("offload_param") or {}
-    return str(block["nvme_path"]) if block.get("device") == "nvme" else None
+    return Path(block["nvme_path"]).expanduser() if block.get("device") == "nvme" else None
 
 
 def check_rest(rest: Mapping[str, Any], where: Where) -> list[Fault]:
@@ -346,10 +347,9 @@ def _check_offload(
         if not isinstance(folder, str) or not folder:
             given = f"{show(folder)}{where((*path, 'nvme_path'))}" if "nvme_path" in block else f"missing{where(path)}"
             fault((*path, "nvme_path"), f"{given}; must name a folder on a local disk of each machine")
-        for key in keys.REFUSED_NVME_KEYS.keys() & block.keys():
-            fault(
-                (*path, key), f"{show(block[key])}{where((*path, key))} has no effect: {keys.REFUSED_NVME_KEYS[key]}; remove it"
-            )
+        for key in keys.NOT_BESIDE_NVME:
+            if key in block:
+                fault((*path, key), f"{show(block[key])}{where((*path, key))} has no effect: {keys.NVME_IS_MAPPED}; remove it")
 
 
 def _check_others(rest: Mapping[str, Any], where: Where, fault: Callable[[KeyPath, str], None]) -> None:

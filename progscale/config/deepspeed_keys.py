@@ -49,9 +49,9 @@ _MONITOR = "DeepSpeed's monitors begin anew at each stage; a run's metrics.jsonl
 
 NO_NVME_OPTIMIZER = "between steps its tensors are empty, so that a stage switch or a checkpoint finds no state"
 
-_MAPPED = "with device nvme what is frozen lies in mapped files, which the kernel reads, and what is live in CPU memory"
-# Of `offload_param`, beside device "nvme".
-REFUSED_NVME_KEYS = {"buffer_count": _MAPPED, "buffer_size": _MAPPED, "max_in_cpu": _MAPPED}
+# Of `offload_param`.
+NOT_BESIDE_NVME = ("buffer_count", "buffer_size", "max_in_cpu")
+NVME_IS_MAPPED = "with device nvme what is frozen lies in mapped files, which the kernel reads, and what is live in CPU memory"
 
 REFUSED_KEYS = {
     "activation_checkpointing": "it has no effect on transformers models; use train.gradient_checkpointing",

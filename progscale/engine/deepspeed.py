@@ -15,9 +15,10 @@ import torch
 from packaging.version import Version
 from torch._tensor_str import printoptions
 
-from progscale.config.deepspeed import second_copies
+from progscale.config.deepspeed import nvme_folder, second_copies
+from progscale.engine import ranks
 from progscale.engine.base import Engine, EngineSettings
-from progscale.engine.mapped import as_deepspeed_reads_it, folder_of, give_back_pinned, is_mapped, to_file
+from progscale.engine.mapped import as_deepspeed_reads_it, give_back_pinned, is_mapped, to_file
 from progscale.engine.state import Piece, Shard
 from progscale.errors import UserError
 from progscale.models.lookup import hidden_size
@@ -81,7 +82,7 @@ class DeepSpeedEngine(Engine):
         self.deepspeed = dict(deepspeed)
         zero = self.deepspeed["zero_optimization"]
         self.zero_stage = int(zero["stage"])
-        self._folder = folder_of(self.deepspeed)
+        self._folder = nvme_folder(self.deepspeed)
         self.offloads = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
         self.name = f"zero{self.zero_stage}" + ("-offload" if self.offloads else "")
 
@@ -90,9 +91,8 @@ class DeepSpeedEngine(Engine):
 
     def _build(self, build: StageBuild) -> None:
         self._take(self._of_stage(build.stage.index))
+        ranks.on_all(lambda: self._park(build))
         for name in self.parameters:
-            if name not in build.live:
-                self._park(name)
             # DeepSpeed drops second copies after a step of its own, and not when somebody else gave the partitions other values.
             if getattr(self.parameters[name], "ds_secondary_tensor", None) is not None:
                 vars(self.parameters[name])["ds_secondary_tensor"] = None
@@ -110,18 +110,19 @@ class DeepSpeedEngine(Engine):
             self._engine, _ = self.accelerator.prepare(self.module, optimizer)
         if self._folder is not None:
             # A model that was built whole is partitioned by the first engine.
-            for name in self.parameters:
-                if name not in build.live:
-                    self._park(name)
+            ranks.on_all(lambda: self._park(build))
             give_back_pinned()
 
-    def _park(self, name: str) -> None:
-        """Has what is frozen lie where it stays: in memory of its own, or in a file."""
-        held = self._held(name)
-        if self._folder is not None and hasattr(self.parameters[name], "ds_tensor"):
-            to_file(held, self._folder)
-        if not is_mapped(held):
-            leave_flat_buffer(held)
+    def _park(self, build: StageBuild) -> None:
+        """Has what is frozen lie where it stays: in memory of its own, or in a file. One rank's disk alone may be full."""
+        for name, parameter in self.parameters.items():
+            if name in build.live:
+                continue
+            held = self._held(name)
+            if self._folder is not None and hasattr(parameter, "ds_tensor"):
+                to_file(held, self._folder)
+            if not is_mapped(held):
+                leave_flat_buffer(held)
 
     def _release(self) -> None:
         engine, self._engine = self._engine, None

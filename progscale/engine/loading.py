@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from progscale.blocks import partition
+from progscale.config.deepspeed import nvme_folder
 from progscale.engine import ranks
 from progscale.engine.deepspeed import second_group
-from progscale.engine.mapped import as_deepspeed_reads_it, folder_of, give_back_pinned, to_file
+from progscale.engine.mapped import as_deepspeed_reads_it, give_back_pinned, to_files
 from progscale.errors import ModelError
 from progscale.models.family import Family, ModelRequest
 from progscale.models.loading import adapted, auto_class, load_config, load_model, location, may_lack, stored_otherwise
@@ -101,7 +102,7 @@ def load_partitioned(request: ModelRequest, family: Family, deepspeed: Mapping[s
             path, key = sources[name]
             with safe_open(path, framework="pt") as file:
                 module.get_submodule(parent)._buffers[own_name] = file.get_tensor(key).to(buffer.dtype)
-    if folder_of(deepspeed) is not None:
+    if nvme_folder(deepspeed) is not None:
         give_back_pinned()
     # Tied names still point at the empty tensor that was there before.
     module.tie_weights()
@@ -234,7 +235,7 @@ def partitioner(deepspeed: Mapping[str, Any], dtype: torch.dtype) -> Callable[[t
     from deepspeed.utils import groups
 
     second_group(deepspeed)
-    folder, deepspeed = folder_of(deepspeed), as_deepspeed_reads_it(deepspeed)
+    folder, deepspeed = nvme_folder(deepspeed), as_deepspeed_reads_it(deepspeed)
     config = {**deepspeed, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": dtype == torch.bfloat16}}
     config["fp16"] = {"enabled": dtype == torch.float16}
     config["zero_optimization"] = {key: value for key, value in deepspeed["zero_optimization"].items() if value != "auto"}
@@ -250,8 +251,7 @@ def partitioner(deepspeed: Mapping[str, Any], dtype: torch.dtype) -> Callable[[t
                 parameter.data = parameter.data.to(dtype)
         init._convert_to_zero_parameters(own)
         if folder is not None:
-            for parameter in own:
-                held: torch.Tensor = vars(parameter)["ds_tensor"]
-                to_file(held, folder)
+            # One rank's disk alone may be full.
+            ranks.on_all(lambda: to_files((vars(parameter)["ds_tensor"] for parameter in own), folder))
 
     return partition_own

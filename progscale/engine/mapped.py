@@ -11,12 +11,13 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from progscale.checks import size
 from progscale.config.deepspeed import nvme_folder
 from progscale.errors import UserError
 from progscale.memory import file_system, read
@@ -29,16 +30,10 @@ IN_MEMORY = ("tmpfs", "ramfs")
 KEY = "engine.deepspeed.zero_optimization.offload_param.nvme_path"
 
 
-def folder_of(deepspeed: Mapping[str, Any] | None) -> Path | None:
-    """Where a DeepSpeed JSON wants the parameters' files; None where it wants none."""
-    folder = nvme_folder(deepspeed)
-    return None if folder is None else Path(folder).expanduser()
-
-
 def as_deepspeed_reads_it(deepspeed: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a DeepSpeed JSON in which the parameters are offloaded to the CPU's memory instead of files."""
     config = copy.deepcopy(dict(deepspeed))
-    if folder_of(config) is not None:
+    if nvme_folder(config) is not None:
         block = config["zero_optimization"]["offload_param"]
         block["device"] = "cpu"
         del block["nvme_path"]
@@ -57,10 +52,15 @@ def to_file(held: torch.Tensor, folder: Path) -> None:
     Raises:
         UserError: the disk is full, or files in the folder cannot be written or mapped.
     """
-    size = held.numel() * held.element_size()
-    if held.device.type != "cpu" or size < SMALLEST or is_mapped(held):
+    if held.device.type != "cpu" or held.nbytes < SMALLEST or is_mapped(held):
         return
     held.data = _in_file(held.detach().view(-1), folder).view(held.shape)
+
+
+def to_files(held: Iterable[torch.Tensor], folder: Path) -> None:
+    """`to_file` of each."""
+    for tensor in held:
+        to_file(tensor, folder)
 
 
 def _in_file(flat: torch.Tensor, folder: Path) -> torch.Tensor:
@@ -89,7 +89,7 @@ def is_mapped(tensor: torch.Tensor) -> bool:
 def give_back_pinned() -> None:
     """Returns to the system what torch keeps of pinned memory that was freed: what lies in files now was pinned before."""
     if torch.cuda.is_available():
-        # A name of its own since torch 2.12 or so.
+        # Torch 2.13 has a public name for it.
         empty = getattr(torch.accelerator, "empty_host_cache", None) or getattr(torch._C, "_host_emptyCache", None)
         if empty is not None:
             empty()
@@ -99,7 +99,7 @@ def check_folder(folder: Path, needed: int) -> str:
     """Looks whether partitions can be written to a folder.
 
     Args:
-        folder: as `folder_of` gives it.
+        folder: as `nvme_folder` gives it.
         needed: bytes that this machine's ranks will put there.
 
     Returns:
@@ -119,7 +119,7 @@ def check_folder(folder: Path, needed: int) -> str:
         raise UserError(f"{KEY}: '{folder}' is on a {kind}, which lies in memory itself; take a folder on a disk of this machine")
     _in_file(torch.zeros(PAGE, dtype=torch.uint8), folder)
     free = about.f_bavail * about.f_frsize
-    found = f"{needed / 2**20:.1f} MiB for partitions of the parameters, of {free / 2**20:.1f} MiB free in {folder} ({kind})"
+    found = f"{size(needed)} for partitions of the parameters, of {size(free)} free in {folder} ({kind})"
     if needed > free:
         raise UserError(f"{KEY}: {found}; take a folder on a larger disk, or more machines")
     return found

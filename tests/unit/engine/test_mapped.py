@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from progscale.config.deepspeed import nvme_folder
 from progscale.engine import mapped
-from progscale.engine.mapped import as_deepspeed_reads_it, check_folder, folder_of, is_mapped, to_file
+from progscale.engine.mapped import as_deepspeed_reads_it, check_folder, is_mapped, to_file
 from progscale.errors import UserError
 
 NVME = {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/scratch", "pin_memory": True}}
@@ -100,26 +101,26 @@ def test_no_folder(tmp_path: Path) -> None:
 
 def test_what_deepspeed_is_told() -> None:
     given: dict[str, Any] = {"zero_optimization": NVME}
-    assert folder_of(given) == Path("/scratch")
+    assert nvme_folder(given) == Path("/scratch")
     told = as_deepspeed_reads_it(given)
     assert told == {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "pin_memory": True}}}
     assert given["zero_optimization"]["offload_param"]["device"] == "nvme", "the user's own stays as it is"
     for other in ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, {"zero_optimization": {"stage": 2}}):
-        assert folder_of(other) is None
+        assert nvme_folder(other) is None
         assert as_deepspeed_reads_it(other) == other
-    assert folder_of(None) is None
+    assert nvme_folder(None) is None
 
 
 def test_home_is_meant_as_in_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     block = {"offload_param": {"device": "nvme", "nvme_path": "~/fast"}}
-    assert folder_of({"zero_optimization": block}) == Path("/home/me/fast")
+    assert nvme_folder({"zero_optimization": block}) == Path("/home/me/fast")
 
 
 def test_the_folder_is_looked_at(tmp_path: Path) -> None:
     assert check_folder(tmp_path, 3 * 2**20).startswith("3.0 MiB for partitions of the parameters, of ")
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(UserError, match=r"nvme_path: 1048576.0 MiB .* take a folder on a larger disk, or more machines"):
+    with pytest.raises(UserError, match=r"nvme_path: 1.0 TiB .* take a folder on a larger disk, or more machines"):
         check_folder(tmp_path, 2**40)
     file = tmp_path / "file"
     file.touch()
@@ -130,12 +131,12 @@ def test_the_folder_is_looked_at(tmp_path: Path) -> None:
         check_folder(Path("/proc"), 1)
 
 
-@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no /dev/shm")
-def test_a_folder_in_memory_is_refused() -> None:
+def test_a_folder_in_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mapped, "read", lambda path: f"/dev/sda1 / ext4 rw 0 0\ntmpfs {tmp_path.resolve()} tmpfs rw 0 0\n")
     with pytest.raises(
-        UserError, match=r"nvme_path: '/dev/shm' is on a tmpfs, which lies in memory itself; take a folder on a disk"
+        UserError, match=rf"nvme_path: '{tmp_path}' is on a tmpfs, which lies in memory itself; take a folder on a disk"
     ):
-        check_folder(Path("/dev/shm"), 1)
+        check_folder(tmp_path, 1)
 
 
 def test_what_torch_says_of_a_file_it_cannot_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
