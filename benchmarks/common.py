@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from progscale import __version__
+from progscale.machine import cores, memory_bytes, processor
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("PROGSCALE_REAL_DATA") or REPOSITORY.parent / "shared" / "data")
@@ -114,22 +115,16 @@ def quiet_environment() -> dict[str, str]:
 
 def machine() -> dict[str, Any]:
     """What figures depend on beside the options: processor, cores, memory, versions."""
-    info, memory = Path("/proc/cpuinfo"), Path("/proc/meminfo")
-    names = [line.partition(":")[2].strip() for line in _lines(info) if line.startswith("model name")]
-    total = [int(line.split()[1]) for line in _lines(memory) if line.startswith("MemTotal")]
+    total = memory_bytes()
     packages = ("torch", "transformers", "accelerate", "deepspeed")
     return {
-        "processor": names[0] if names else platform.machine(),
+        "processor": processor(),
         "gpu": _gpu(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(total[0] / 2**20, 1) if total else None,
+        "cores": cores(),
+        "memory_gib": round(total / 2**30, 1) if total else None,
         "python": platform.python_version(),
         "versions": {**{package: version(package) for package in packages}, "progscale": __version__},
     }
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
 
 
 def _gpu() -> str | None:

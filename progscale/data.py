@@ -209,6 +209,11 @@ class GlobalBatch:
     index: int
     rows: np.ndarray
 
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Rows and padded tokens of each micro-batch of this rank."""
+        return [(len(micro.rows), micro.length) for micro in self.micro_batches]
+
     def pin_memory(self) -> GlobalBatch:
         """The same in page-locked memory."""
         return dataclasses.replace(self, micro_batches=[batch.pin_memory() for batch in self.micro_batches])

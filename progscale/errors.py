@@ -36,6 +36,10 @@ class ScheduleError(UserError):
     """The schedule does not fit the model or the number of optimizer steps."""
 
 
+class ReportError(UserError):
+    """A run folder cannot be read, or runs cannot be compared."""
+
+
 class RegistryError(UserError):
     """A name is not registered, or registered twice."""
 

@@ -33,10 +33,11 @@ def train(session: Session) -> dict[str, Any]:
     s, config, engine = session, session.config, session.engine
     progress = Progress.of(s)
     s.console.begin(s.total_steps, progress.step)
+    s.log("run", **s.description)
     for build in s.builds_from(progress.stage):
         audit = Audit(engine, build)
         switch = s.begin_stage(build, progress.step)
-        meter = StageMeter(engine, build, s.sizes, s.memory, audit)
+        meter = StageMeter(engine, build, s.sizes, s.memory, audit, s.operations(build.stage))
         progress.begin(build.stage, switch, meter)
         meter.start()
         between_steps(s, progress, meter, build.stage)
@@ -48,7 +49,7 @@ def train(session: Session) -> dict[str, Any]:
             result = engine.train_step(batch.micro_batches, batch.weight, s.task.loss, rate, s.notice, s.feed.around)
             s.heed(result.notices)
             check_finite(s, progress, result, step, batch)
-            meter.step(batch.size, batch.tokens, result.applied)
+            meter.step(batch.size, batch.tokens, result.applied, batch.shapes, s.feed.take_skipped())
             s.log_step(step, build.stage.index, result, rate)
             progress.step, progress.evaluation_due = step + 1, s.evaluation_due(step, build.stage)
             between_steps(s, progress, meter, build.stage)
@@ -211,12 +212,8 @@ def finish(s: Session, progress: Progress) -> dict[str, Any]:
     """The summary, written and shown."""
     stages = [record.to_json() for record in progress.stages]
     summary = {
-        "task": s.task.name,
-        "method": s.method.name,
-        "schedule": s.config.schedule.name,
-        "frozen_mode": s.config.frozen_mode,
+        **s.description,
         "engine": s.engine.name,
-        "world_size": s.engine.world_size,
         "metrics": progress.metrics,
         "best_metrics": progress.best,
         "best_step": progress.best_step,
@@ -232,7 +229,6 @@ def finish(s: Session, progress: Progress) -> dict[str, Any]:
         "total_seconds": progress.seconds,
         "steps": s.total_steps,
         "stages": stages,
-        **s.environment,
     }
     s.log("summary", metrics=progress.metrics)
     s.write_summary(summary)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from progscale.cost import Work
+from progscale.energy import EnergyMeter
 from progscale.engine.base import Engine
 from progscale.errors import AuditError
 from progscale.memory import status_bytes
 from progscale.optim import StageBuild
+
+# Of a stage, kept by a checkpoint as they are.
+COUNTED = ("rows", "tokens", "skipped_steps", "seconds")
 
 
 class MemoryMeter:
@@ -77,6 +82,12 @@ class StageRecord:
         micro_batch_size: rows that a rank ran at once, at most.
         communicated_bytes: of all collectives of a step on a rank (the stage's third, or its last); None where the run was
             stopped before it and resumed too late for another.
+        planned_flops: floating-point operations of all ranks, were every row as long as the longest allowed.
+        flops: those of the rows as long as they were, with their padding, and without what a cache spared.
+        baseline_flops: of the same rows with every block and the embeddings trained: plain fine-tuning.
+        counted_share: of one step's operations on the main process, as torch counted them kernel by kernel, in what `flops`
+            holds for that step; None where they could not be counted (compiled blocks).
+        energy_joules: of all GPUs while training steps ran, from NVML; None without a GPU that tells.
         frozen_prefix: blocks below the lowest trained tensor, which the backward pass does not reach.
         cache: training rows whose frozen prefix was `read`, `extended` from a lower depth or `computed`, and `bytes` reserved on
             the node that has most; None without a cache.
@@ -103,6 +114,11 @@ class StageRecord:
     engine: str = ""
     micro_batch_size: int = 0
     communicated_bytes: int | None = None
+    planned_flops: int | None = None
+    flops: int | None = None
+    baseline_flops: int | None = None
+    counted_share: float | None = None
+    energy_joules: float | None = None
     frozen_prefix: int = 0
     cache: dict[str, int] | None = None
     peak_reserved_bytes: int | None = None
@@ -159,12 +175,56 @@ class Audit:
         return everywhere
 
 
+@dataclass(frozen=True)
+class StageOperations:
+    """What a stage's micro-batches compute, by the formula of `progscale.cost.work`.
+
+    Attributes:
+        work: of the stage.
+        baseline: of plain fine-tuning.
+        width: of attention.
+        block: matrix elements of one block.
+        planned: operations of the stage, were every row as long as the longest allowed.
+        countable: whether torch sees every kernel, so that its own count can be set beside the formula.
+    """
+
+    work: Work
+    baseline: Work
+    width: int
+    block: int
+    planned: int
+    countable: bool = True
+
+    def of(self, shapes: Sequence[tuple[int, int]], skipped: Sequence[tuple[int, int]] = ()) -> int:
+        """Of micro-batches.
+
+        Args:
+            shapes: rows and tokens of each, padding included.
+            skipped: tokens of a row, and Σ over rows of the blocks whose forward pass was spared.
+        """
+        done = sum(rows * self.work.flops(length, self.width).total for rows, length in shapes)
+        return done - sum(blocks * (2 * length * self.block + 4 * length * length * self.width) for length, blocks in skipped)
+
+    def of_baseline(self, shapes: Sequence[tuple[int, int]]) -> int:
+        """Of the same micro-batches with every block and the embeddings trained."""
+        return sum(rows * self.baseline.flops(length, self.width).total for rows, length in shapes)
+
+
 class StageMeter:
     """Measures one stage, from after the switch to its end; its audit begins before."""
 
-    def __init__(self, engine: Engine, build: StageBuild, sizes: Mapping[str, int], memory: MemoryMeter, audit: Audit) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        build: StageBuild,
+        sizes: Mapping[str, int],
+        memory: MemoryMeter,
+        audit: Audit,
+        operations: StageOperations | None = None,
+    ) -> None:
         self._engine = engine
         self._build = build
+        self._operations = operations
         self._memory = memory
         self.audit = audit
         audit.start()
@@ -174,6 +234,9 @@ class StageMeter:
         self.tokens = 0
         self.skipped_steps = 0
         self.seconds = 0.0
+        self.flops = self.baseline_flops = 0
+        self._counted_share: float | None = None
+        self._energy = EnergyMeter(engine.device)
         memory.reset()
         self._peak_before: dict[str, int] = {}
         self._traffic_before: int | None = None
@@ -182,6 +245,7 @@ class StageMeter:
     def start(self) -> None:
         """Time runs from here."""
         self._running_since = time.perf_counter()
+        self._energy.start()
 
     def stop(self) -> None:
         """Time stands still (evaluation, saving)."""
@@ -189,18 +253,46 @@ class StageMeter:
             self._engine.synchronize()
             self.seconds += time.perf_counter() - self._running_since
             self._running_since = None
+            self._energy.stop()
 
-    def step(self, rows: int, tokens: int, applied: bool) -> None:
-        """One optimizer step on `rows` rows of all ranks, with `tokens` real tokens."""
+    def step(
+        self,
+        rows: int,
+        tokens: int,
+        applied: bool,
+        shapes: Sequence[tuple[int, int]] = (),
+        skipped: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        """One optimizer step.
+
+        Args:
+            rows: of all ranks.
+            tokens: of them, without padding.
+            applied: whether the update was made.
+            shapes: rows and tokens of this rank's micro-batches, padding included.
+            skipped: of `Feed.take_skipped`.
+        """
         self.rows += rows
         self.tokens += tokens
         self.skipped_steps += not applied
+        if self._operations is None:
+            return
+        flops = self._operations.of(shapes, skipped)
+        self.flops += flops
+        self.baseline_flops += self._operations.of_baseline(shapes)
+        if self._engine.operations is not None and flops and self._operations.countable:
+            self._counted_share = self._engine.operations / flops
 
     def to_json(self) -> dict[str, Any]:
         """What a resumed run needs to finish the stage's record. A collective."""
-        counted = {name: getattr(self, name) for name in ("rows", "tokens", "skipped_steps", "seconds")}
+        counted = {name: getattr(self, name) for name in COUNTED}
+        flops, baseline_flops = self._all_flops()
         return {
             **counted,
+            "flops": flops,
+            "baseline_flops": baseline_flops,
+            "counted_share": self._counted_share,
+            "energy_joules": self._all_joules(),
             "audit_seconds": self.audit.seconds,
             "volume_before": self._volume_before,
             "peak": self._peak(),
@@ -210,8 +302,13 @@ class StageMeter:
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Goes on counting from what `to_json` gave before the run was stopped."""
-        for name in ("rows", "tokens", "skipped_steps", "seconds"):
+        for name in COUNTED:
             setattr(self, name, saved[name])
+        # Those of all ranks: one of them goes on from there.
+        if self._engine.is_main:
+            self.flops, self.baseline_flops = saved.get("flops", 0), saved.get("baseline_flops", 0)
+            self._energy.joules = saved.get("energy_joules") or 0.0
+        self._counted_share = saved.get("counted_share")
         self.audit.seconds += saved["audit_seconds"]
         self._volume_before = saved["volume_before"]
         self._peak_before = saved["peak"]
@@ -226,6 +323,16 @@ class StageMeter:
     def _traffic(self) -> int | None:
         """Of a step, counted in this process or in those before it."""
         return self._traffic_before if self._engine.traffic is None else self._engine.traffic
+
+    def _all_flops(self) -> tuple[int, int]:
+        """Of all ranks. A collective."""
+        everyone = self._engine.gather_objects((self.flops, self.baseline_flops))
+        return sum(flops for flops, _ in everyone), sum(baseline for _, baseline in everyone)
+
+    def _all_joules(self) -> float | None:
+        """Of the GPUs of all ranks; None where one of them does not tell. A collective."""
+        everyone = self._engine.gather_objects(self._energy.joules if self._energy.tells else None)
+        return None if None in everyone else sum(everyone)
 
     def _peak(self) -> dict[str, int]:
         """The highest peak of any rank, in this process or in those before it. A collective."""
@@ -253,6 +360,8 @@ class StageMeter:
         volume = engine.updated_volume() - self._volume_before
         peak = self._peak()
         state_bytes = engine.optimizer_state_bytes()
+        flops, baseline_flops = self._all_flops()
+        joules = self._all_joules()
         self.audit.check(stage.index)
         seconds = max(self.seconds, 1e-9)
         return StageRecord(
@@ -276,6 +385,11 @@ class StageMeter:
             engine=engine.name,
             micro_batch_size=micro_batch_size,
             communicated_bytes=self._traffic,
+            planned_flops=None if self._operations is None else self._operations.planned,
+            flops=None if self._operations is None else flops,
+            baseline_flops=None if self._operations is None else baseline_flops,
+            counted_share=self._counted_share,
+            energy_joules=joules,
             frozen_prefix=frozen_prefix,
             cache=cache,
             **peak,

@@ -29,12 +29,13 @@ from progscale.errors import CheckpointError, WriteError
 from progscale.export import export_model, exported_origin
 from progscale.fit import SHARE_OF_FREE, fit_micro_batch
 from progscale.learning_rate import LearningRate
-from progscale.meters import MemoryMeter
+from progscale.machine import command_line, cores, memory_bytes, processor
+from progscale.meters import MemoryMeter, StageOperations
 from progscale.methods import Method
 from progscale.numbers import encode_numbers
 from progscale.optim import StageBuild
 from progscale.plan import Plan
-from progscale.resume import Resumed
+from progscale.resume import Resumed, fingerprint
 from progscale.schedule import Stage
 from progscale.signals import Signals, mark_begun
 from progscale.tasks.base import Task, Tokenized
@@ -237,6 +238,19 @@ class Session:
         self.loader.micro_batch_size = fit.rows
         self.console.show(f"stage {stage.index}: {fit}")
         self.log("micro_batch", stage=stage.index, **asdict(fit))
+
+    def operations(self, stage: Stage) -> StageOperations:
+        """What a stage's steps compute, by the plan's arithmetic."""
+        work, train = self.plan.stages[stage.index - 1].work, self.config.train
+        a_row = work.flops(train.max_length, self.plan.width).total
+        return StageOperations(
+            work,
+            self.plan.baseline_work,
+            self.plan.width,
+            block=int(next(iter(self.plan.block_parameters.values()))),
+            planned=a_row * train.global_batch_size * stage.steps,
+            countable=train.compile == "off",
+        )
 
     def depth_of(self, stage: Stage) -> int:
         """Blocks of the first stack that no gradient reaches in a stage."""
@@ -472,16 +486,40 @@ class Session:
         self.engine.accelerator.end_training()
         gc.unfreeze()  # frozen by `prepare`
 
+    @functools.cached_property
+    def description(self) -> dict[str, Any]:
+        """What the run is, for those who compare it with others: the data by their content, what is scored, where it runs."""
+        return {
+            "task": self.task.name,
+            "model": self.plan.model,
+            "method": self.method.name,
+            "schedule": self.config.schedule.name,
+            "embeddings": self.config.schedule.embeddings,
+            "frozen_mode": self.config.frozen_mode,
+            "cache": self.config.cache.storage,
+            "engine": self.engine.name,
+            "world_size": self.engine.world_size,
+            "primary_metric": self.task.primary_metric,
+            "higher_is_better": self.task.higher_is_better,
+            "data": {name: {"rows": len(split), "content": fingerprint(split)} for name, split in self.splits.items()},
+            **self.environment,
+        }
+
     @property
     def environment(self) -> dict[str, Any]:
         """What figures depend on: versions, device, threads, precision, seed."""
         device = self.engine.device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
         packages = ("torch", "transformers", "accelerate", "deepspeed", "bitsandbytes")
         return {
             "seed": self.config.run.seed,
             "precision": self.config.train.precision,
             "device": name,
+            "device_type": device.type,
+            "cores": cores(),
+            "machine_memory_bytes": memory_bytes(),
             "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "command": command_line(),
             "versions": {"progscale": __version__, **{package: version(package) for package in packages}},
         }

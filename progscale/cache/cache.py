@@ -174,6 +174,8 @@ class PrefixCache(EvalFeed):
             starts = np.unique(np.concatenate(everywhere))
         writes = costs.pays(self._repeats.training if split == "train" else self._repeats.evaluation)
         missing = own < depth
+        if split == "train":
+            self._skipped.append((micro.length, int(own.sum())))
         if split == "train" and micro.weight:
             self._count(own)
         copies: list[Copy] = []

@@ -38,6 +38,14 @@ class Feed:
 
     sign: Callable[[], None] = staticmethod(lambda: None)
 
+    def __init__(self) -> None:
+        self._skipped: list[tuple[int, int]] = []
+
+    def take_skipped(self) -> list[tuple[int, int]]:
+        """What training micro-batches were spared since this was asked last: (tokens of a row, Σ over rows of blocks not run)."""
+        taken, self._skipped = self._skipped, []
+        return taken
+
     def begin_stage(self, stage: int, depth: int, repeats: Repeats) -> None:
         """A stage begins, whose weights are in place.
 
@@ -87,6 +95,7 @@ class EvalFeed(Feed):
     """The frozen blocks at the bottom run in eval mode: without dropout, they give the same for a row each time."""
 
     def __init__(self, prefix: Prefix) -> None:
+        super().__init__()
         self.prefix = prefix
 
     def begin_stage(self, stage: int, depth: int, repeats: Repeats) -> None:

@@ -19,11 +19,11 @@ import torch.distributed as dist
 import xxhash
 
 from progscale.engine import ranks
+from progscale.engine.counting import StepCounter
 from progscale.engine.memory import peak_of
 from progscale.engine.moving import redistribute
 from progscale.engine.state import MASTER, Shard, Slice, deal, match_shards, move_shard, slices_of
 from progscale.engine.terms import EngineSettings, LossFunction, MicroBatch, StepResult, Switch
-from progscale.engine.traffic import TrafficCounter
 from progscale.errors import ModelError
 from progscale.layers import quantisation_tensors
 from progscale.models.saving import persistent_buffers
@@ -31,7 +31,7 @@ from progscale.optim import StageBuild
 
 T = TypeVar("T")
 
-# The step of each stage whose traffic is counted, which costs Python's time for every operation: ZeRO-3 learns in the first what
+# The step of each stage that is counted, which costs Python's time for every operation: ZeRO-3 learns in the first what
 # it need not gather twice, and a cache talks in the first two.
 LOOK_AT = 3
 
@@ -43,9 +43,10 @@ class Engine(ABC):
         name: "plain", "ddp", "zero1", "zero2-offload", … as reports show it.
         module: the model itself, without any wrapper.
         build: the current stage's description.
-        traffic: bytes of all collectives in the stage's third step (or its last) on this rank, see `TrafficCounter`; 0 where
+        traffic: bytes of all collectives in the stage's third step (or its last) on this rank, see `StepCounter`; 0 where
             there is one rank, None before.
-        counts_traffic: whether it is counted.
+        operations: floating-point operations of the same step on this rank; None before it and after the next one.
+        counts: whether they are counted.
     """
 
     name: str
@@ -58,7 +59,8 @@ class Engine(ABC):
         self._state_checked = False
         # Bytes that this rank hands to collectives in a step of the stage; None until one was taken.
         self.traffic: int | None = None
-        self.counts_traffic = True
+        self.operations: int | None = None
+        self.counts = True
         self._steps_taken = self._look_at = 0
         # Names never change, the tensors behind them neither: looked up once.
         self.parameters: dict[str, torch.nn.Parameter] = dict(module.named_parameters())
@@ -109,8 +111,8 @@ class Engine(ABC):
         self._set_trainable(build)
         self.build = build
         self.traffic = None if self.world_size > 1 else 0
-        counted = self.world_size > 1 and self.counts_traffic
-        self._steps_taken, self._look_at = 0, min(LOOK_AT, build.stage.steps) if counted else 0
+        self.operations = None
+        self._steps_taken, self._look_at = 0, min(LOOK_AT, build.stage.steps) if self.counts else 0
         self._build(build)
         carried, requantized = self._carry(old)
         if scale is not None:
@@ -173,11 +175,12 @@ class Engine(ABC):
             around: given a micro-batch, a context for its forward and backward pass.
         """
         self._steps_taken += 1
+        self.operations = None
         if self._steps_taken != self._look_at:
             return self._train_step(micro_batches, weight, loss_function, learning_rate, notice, around)
-        with TrafficCounter() as counter:
+        with StepCounter() as counter:
             result = self._train_step(micro_batches, weight, loss_function, learning_rate, notice, around)
-        self.traffic = counter.total
+        self.traffic, self.operations = counter.total, counter.operations
         return result
 
     def _train_step(

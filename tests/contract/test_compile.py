@@ -10,7 +10,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 
 from progscale.compiling import Compiler, check_backend
 from progscale.config import load_config
-from progscale.engine.traffic import TrafficCounter
+from progscale.engine.counting import StepCounter
 from progscale.errors import ConfigError, UserError
 from tests.contract.test_cache import same
 from tests.contract.test_contracts import (
@@ -121,7 +121,7 @@ def test_counting_what_is_sent_compiles_all_the_same() -> None:
     engine.begin_stage(builds[0])
     compiler.begin_stage(0)
     torch._dynamo.utils.counters.clear()
-    with TrafficCounter():
+    with StepCounter():
         engine.train_step(share(0, 4, 101, 0, 1, 4), 4, row_loss, 1e-3)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     compiler.close()

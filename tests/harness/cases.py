@@ -176,7 +176,7 @@ def reset_accelerate() -> None:
 
 
 def make_engine(
-    module: torch.nn.Module, engine: str, by_stage: Sequence[str] = (), *, counts_traffic: bool = False, **settings: Any
+    module: torch.nn.Module, engine: str, by_stage: Sequence[str] = (), *, counts: bool = False, **settings: Any
 ) -> Engine:
     """An engine of the named kind over `module`, or of one kind for each stage."""
     set_up_cpu(1)
@@ -193,7 +193,7 @@ def make_engine(
     of_stage = (lambda stage: kinds[stage - 1]) if kinds else None
     made = create_engine(module, EngineSettings(micro_batch_size=2, **settings), accelerator, deepspeed, of_stage)
     assert made.name == engine.partition("+")[0], (made.name, engine)
-    made.counts_traffic = counts_traffic
+    made.counts = counts
     return made
 
 

@@ -44,7 +44,7 @@ def run(
     """Takes two steps in each of three stages."""
     trained = method_for("bert", method)
     module = trained.prepare(tiny_model("bert", blocks=BLOCKS, hidden_size=32, intermediate_size=64)).train()
-    made = make_engine(module, engine, precision=precision, counts_traffic=True)
+    made = make_engine(module, engine, precision=precision, counts=True)
     parts, builds = builds_of(module, "progtuning", embeddings, 3, 6, {}, trained)
     plan = make_plan(parts, [build.stage for build in builds], trained, 2, width=hidden_size(module))
     config = config_of(engine, rows, MICRO, precision)

@@ -32,7 +32,7 @@ def main(engine: str, interface: str, folder: str) -> None:
     choose_interface()
     method = method_for("bert", "full")
     module = method.prepare(tiny_model("bert", blocks=BLOCKS, hidden_size=HIDDEN, intermediate_size=4 * HIDDEN)).train()
-    made = make_engine(module, engine, counts_traffic=True)
+    made = make_engine(module, engine, counts=True)
     parts, builds = builds_of(module, "none", "always", 1, 2 + STEPS, {}, method)
     plan = make_plan(parts, [build.stage for build in builds], method, 2 + STEPS, width=hidden_size(module))
     (cost,) = stage_costs(plan, config_of(engine, ROWS, MICRO), made.world_size, 8.0, activations_too=False)

@@ -16,17 +16,18 @@ PACKAGE = Path(__file__).parents[2] / "progscale"
 ORDER = [
     *("errors", "checks", "numbers", "registry", "config", "schedule"),
     *("blocks", "models", "layers", "methods", "names", "cost", "plan", "paper"),
-    *("estimate", "scale", "launcher", "owner", "network", "memory", "signals", "learning_rate", "optim", "optimizers", "engine"),
+    *("estimate", "scale", "launcher", "machine", "owner", "network", "memory", "energy", "signals"),
+    *("learning_rate", "optim", "optimizers", "engine"),
     *("preflight", "tasks", "data"),
     *("checkpoint", "resume", "verify", "watch"),
     *("compiling", "prefix", "cache", "fit"),
-    *("meters", "trackers", "export"),
+    *("meters", "trackers", "export", "report"),
     *("joining", "session", "inputs", "folder", "setup", "progress", "loop", "run", "doctor"),
     *("slurm", "submit", "cli", "__main__"),
 ]
 WITHOUT_TORCH = (
     *("errors", "checks", "numbers", "registry", "config", "schedule", "names", "learning_rate"),
-    *("launcher", "owner", "network", "signals", "slurm", "submit", "cli"),
+    *("launcher", "machine", "owner", "network", "signals", "report", "slurm", "submit", "cli"),
 )
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

@@ -1,31 +1,54 @@
-"""What the ranks send each other in a step: counted where torch hands it to the backend, whoever asked for it."""
+"""What a step sends between the ranks and what it computes: counted where torch hands it to a backend, whoever asked for it."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 # Which argument of a collective is the whole of what it moves: its result where parts are put together, else what goes in.
 _WHOLE = {"_reduce_scatter_base_": 1, "reduce_scatter_": 1, "reduce_scatter_tensor_coalesced_": 1}
 
 
-class TrafficCounter(TorchDispatchMode):
-    """Counts the bytes of all collectives begun inside of it, those that DDP's reducer begins in C++ too.
+def _attention_on_cpu(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    query, key, value = args[:3]
+    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+
+
+def _attention_back_on_cpu(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    gradient, query, key, value = args[:4]
+    return int(sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape))
+
+
+# Torch's own list knows the kernels of a GPU alone.
+_OPERATIONS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_on_cpu,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_back_on_cpu,
+}
+
+
+class StepCounter(TorchDispatchMode):
+    """Counts what a step does: the bytes of all collectives begun inside of it, those that DDP's reducer begins in C++ too, and
+    the floating-point operations of matrix products and attention, forward and backward.
 
     A collective counts with the size of the whole tensor that it reduces, gathers or scatters; how much of it crosses a wire
     hangs on the backend's algorithm (a ring of n ranks sends 2 (n - 1) / n of an all-reduce, and half of that for the others).
 
     Attributes:
         bytes: by kind, as torch names it ("allreduce_", "_allgather_base_").
+        operations: by torch's own rules. Kernels that it has no rule for count nothing: those of a compiler, of
+            bitsandbytes, and flash attention from outside torch.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes: Counter[str] = Counter()
+        self.operations = 0
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -48,7 +71,11 @@ class TrafficCounter(TorchDispatchMode):
         if getattr(func, "namespace", "") == "c10d":
             name = func._schema.name.removeprefix("c10d::")
             self.bytes[name] += _size(args[_WHOLE.get(name, 0)])
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        rule = _OPERATIONS.get(getattr(func, "_overloadpacket", None))
+        if rule is not None:
+            self.operations += int(rule(*args, **(kwargs or {}), out_val=result))
+        return result
 
 
 def _size(thing: Any) -> int:
