@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import logging
 import platform
 import shutil
 import time
@@ -25,7 +26,7 @@ from progscale.compiling import Compiler
 from progscale.config import Config, dump_config
 from progscale.data import GlobalBatch, MicroBatch, TrainLoader, eval_batches
 from progscale.engine.base import Engine, StepResult, Switch
-from progscale.errors import CheckpointError, WriteError
+from progscale.errors import CheckpointError, ReportError, WriteError
 from progscale.export import export_model, exported_origin
 from progscale.fit import SHARE_OF_FREE, fit_micro_batch
 from progscale.learning_rate import LearningRate
@@ -35,12 +36,15 @@ from progscale.methods import Method
 from progscale.numbers import encode_numbers
 from progscale.optim import StageBuild
 from progscale.plan import Plan
+from progscale.report import write_report
 from progscale.resume import Resumed, fingerprint
 from progscale.schedule import Stage
 from progscale.signals import Signals, mark_begun
 from progscale.tasks.base import Task, Tokenized
 from progscale.trackers import RunConsole, RunFolder
 from progscale.watch import Watch
+
+log = logging.getLogger("progscale")
 
 # Bits of what a rank tells the others with each step.
 STOP, WRITTEN = 1, 2
@@ -467,6 +471,11 @@ class Session:
                 self.folder.write("summary.json", summary)
             except OSError as error:
                 raise WriteError(f"the run is done, but its summary.json cannot be written: {error}") from error
+            try:
+                write_report(self.folder.path)
+            except (OSError, ReportError) as error:
+                # All that it shows lies in the folder.
+                log.warning("the report could not be written (%s); progscale report %s makes it", error, self.folder.path)
 
         self.engine.on_main(write)
         self.finished = True

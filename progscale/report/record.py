@@ -138,7 +138,7 @@ def _read_lines(path: Path) -> list[Mapping[str, Any]]:
     except (OSError, ValueError) as error:
         raise ReportError(f"'{path}' cannot be read: {error}") from error
     lines = text.split("\n")
-    found = []
+    found: list[Mapping[str, Any]] = []
     for number, line in enumerate(lines[:-1], start=1):
         try:
             record = json.loads(line)

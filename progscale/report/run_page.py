@@ -102,12 +102,10 @@ def tiles(run: RunRecord) -> list[Tile]:
                 f"{seconds_text(summary['total_seconds'])} with evaluation, saving and switches",
             )
         )
-        flops = [stage.get("flops") for stage in run.stages]
-        if flops and None not in flops:
-            baseline = sum(stage["baseline_flops"] for stage in run.stages)
-            found.append(
-                Tile("operations", quantity(sum(flops), "FLOP"), f"{percent(sum(flops) / baseline)} of plain fine-tuning's")
-            )
+        flops, baseline = total(run, "flops"), total(run, "baseline_flops")
+        if flops is not None and baseline:
+            note = f"{percent(flops / baseline)} of plain fine-tuning's"
+            found.append(Tile("operations", quantity(flops, "FLOP"), note))
     else:
         share = 1 - plan["share"]
         found.append(
@@ -121,10 +119,17 @@ def tiles(run: RunRecord) -> list[Tile]:
         found.append(
             Tile("frozen tensors that changed", str(changed), "bits hashed before and after each stage", good=changed == 0)
         )
-    joules = [stage.get("energy_joules") for stage in run.stages]
-    if joules and None not in joules:
-        found.append(Tile("energy", quantity(sum(joules) / 3600, "Wh"), "of all GPUs, training steps alone"))
+    joules = total(run, "energy_joules")
+    if joules is not None:
+        found.append(Tile("energy", quantity(joules / 3600, "Wh"), "of all GPUs, training steps alone"))
     return found
+
+
+def total(run: RunRecord, key: str) -> float | None:
+    """Over all finished stages; None where one of them does not say."""
+    values = [stage.get(key) for stage in run.stages]
+    known = [float(value) for value in values if value is not None]
+    return sum(known) if known and len(known) == len(values) else None
 
 
 def memory_words(run: RunRecord) -> str:

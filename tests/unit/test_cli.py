@@ -14,7 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from progscale.cli import SILENT_SECONDS, build_parser, main, quiet_libraries, run_train
+from progscale.cli import SILENT_SECONDS, build_parser, main, quiet_libraries
+from progscale.cli.training import run_train
 from progscale.config import Config, load_config
 from progscale.schedule import SCHEDULES
 from progscale.session import Session

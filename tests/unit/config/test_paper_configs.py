@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from progscale.cli import plan_of
+from progscale.cli.planning import plan_of
 from progscale.config import Config, load_config
 from progscale.names import name_faults
 from progscale.paper import OPTIONS, ROWS, TOLERANCE, PaperRow
