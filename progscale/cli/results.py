@@ -1,17 +1,21 @@
-"""The commands `report` and `completion`: what a run shows, and what the shell knows of the commands."""
+"""The commands `report`, `compare` and `completion`: what a run shows, and what the shell knows of the commands."""
 
 from __future__ import annotations
 
 import argparse
+import io
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from progscale.cli.common import command
+from progscale.cli.common import command, show
 from progscale.errors import ReportError
+
+if TYPE_CHECKING:
+    from progscale.report import Comparison
 
 
 def add_commands(commands: Any) -> None:
-    """`report`, `completion`."""
+    """`report`, `compare`, `completion`."""
     report = command(
         commands,
         "report",
@@ -24,6 +28,19 @@ def add_commands(commands: Any) -> None:
     )
     report.add_argument("run_folder", metavar="RUN", help="folder of a run")
     report.add_argument("--output", metavar="FILE", help="file to write; default: report.html in the run's folder")
+    compare = command(
+        commands,
+        "compare",
+        run_compare,
+        help="runs side by side: mean, standard deviation, paired test, cost",
+        description="Sets finished runs side by side, by task and by what differs between them; runs that differ by the seed "
+        "alone are averaged. What cannot be compared is refused, with the reason.",
+        examples="examples:\n  progscale compare runs/mrpc-none-42 runs/mrpc-progtuning-42\n"
+        "  progscale compare runs --format html --output compare.html      all runs below a folder, as a page\n"
+        "  progscale compare runs --format latex > table.tex",
+    )
+    compare.add_argument("run_folders", metavar="RUN", nargs="+", help="folders of runs, or folders that hold such")
+    add_comparison_options(compare)
     completion = command(
         commands,
         "completion",
@@ -47,6 +64,72 @@ def run_report(options: argparse.Namespace) -> int:
         raise ReportError(f"'{error.filename}' cannot be written ({error.strerror}); choose another with --output") from error
     print(path)
     return 0
+
+
+def add_comparison_options(parser: argparse.ArgumentParser) -> None:
+    """How runs are set side by side, and what comes of it."""
+    parser.add_argument(
+        "--format", choices=["text", "markdown", "csv", "latex", "json", "html"], default="text", help="default: text"
+    )
+    parser.add_argument("--output", metavar="FILE", help="file to write; default: the terminal, for html compare.html")
+    parser.add_argument("--score", choices=["last", "best"], default="last", help="of the last step, or the best evaluation")
+    parser.add_argument("--metric", metavar="NAME", help="default: the one that decides in these runs")
+    parser.add_argument(
+        "--reference", metavar="NAME", help="arm that others are measured against; default: the method's own without stages"
+    )
+
+
+def run_compare(options: argparse.Namespace) -> int:
+    """The command `compare`."""
+    from progscale.report import compare, find_runs, read_run
+
+    runs = [read_run(path) for path in find_runs(options.run_folders)]
+    comparison = compare(runs, which=options.score, reference=options.reference, metric=options.metric)
+    write_comparison(comparison, options.format, None if options.output is None else Path(options.output).expanduser())
+    return 0
+
+
+def write_comparison(comparison: Comparison, form: str, target: Path | None) -> None:
+    """To a file, or the terminal.
+
+    Raises:
+        ReportError: the file cannot be written.
+    """
+    from progscale.report import render_comparison
+    from progscale.report.tables import FORMATS, as_text
+
+    if form == "text" and target is None:
+        show(None, lambda _: as_text(comparison), "table")
+        return
+    if form == "text":
+        from rich.console import Console
+
+        console = Console(width=240, record=True, file=io.StringIO())
+        console.print(as_text(comparison))
+        content = console.export_text()
+    else:
+        content = render_comparison(comparison) if form == "html" else FORMATS[form](comparison)
+    if target is None and form != "html":
+        print(content)
+        return
+    target = target or Path("compare.html")
+    write_text(target, content)
+    print(target)
+
+
+def write_text(target: Path, content: str) -> None:
+    """Writes a file whole or not at all.
+
+    Raises:
+        ReportError: it cannot be written.
+    """
+    partial = target.with_name(target.name + ".partial")
+    try:
+        partial.write_text(content.rstrip("\n") + "\n", encoding="utf-8")
+        partial.replace(target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise ReportError(f"'{target}' cannot be written ({error.strerror}); choose another with --output") from error
 
 
 def run_completion(options: argparse.Namespace) -> int:

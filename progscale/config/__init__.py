@@ -1,7 +1,7 @@
 """What a run is: validated sections, layers of JSON, `--set` options and DeepSpeed files. Imports no torch."""
 
 from progscale.config.deepspeed import translate
-from progscale.config.describe import Option, config_hash, decisive_values, describe_schema, micro_batch_size
+from progscale.config.describe import Option, config_hash, decisive_values, describe_schema, is_decisive, micro_batch_size
 from progscale.config.layers import DEMO_DEFAULTS, dump_config, load_config
 from progscale.config.read import format_set, parse_set
 from progscale.config.schema import (
@@ -39,6 +39,7 @@ __all__ = [
     "describe_schema",
     "dump_config",
     "format_set",
+    "is_decisive",
     "load_config",
     "micro_batch_size",
     "parse_set",

@@ -65,13 +65,17 @@ FREE_KEYS = frozenset(
 FREE_SECTIONS = frozenset({"engine", "checkpoint"})
 
 
+def is_decisive(section: str, key: str) -> bool:
+    """Whether an option decides what a run computes, whatever the machine and the world size."""
+    return section not in FREE_SECTIONS and f"{section}.{key}" not in FREE_KEYS
+
+
 def decisive_values(config: Config) -> dict[str, Any]:
     """Dotted key → value of every option that decides what a run computes, whatever the machine and the world size."""
     found = {}
     for name, values in dump_config(config).items():
-        if name in FREE_SECTIONS or not isinstance(values, dict):
-            continue
-        found.update({f"{name}.{key}": value for key, value in values.items() if f"{name}.{key}" not in FREE_KEYS})
+        if isinstance(values, dict):
+            found.update({f"{name}.{key}": value for key, value in values.items() if is_decisive(name, key)})
     # What a null stands for hangs on the cache, which may come and go.
     found["schedule.frozen_mode"] = config.frozen_mode
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
@@ -24,17 +24,18 @@ class Tile:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text; columns but the first of `words` many stand to the right."""
+    """Cells as text; the columns whose headings are in `text` stand to the left, as the first always does."""
 
     title: str
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
+    text: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Page:
-    """What a page shows, from the top: title, a sentence, tiles, figures, tables, and what is folded away."""
+    """What a page shows, from the top: title, a sentence, remarks, tiles, figures, tables, and what is folded away."""
 
     title: str
     lead: str
@@ -42,7 +43,7 @@ class Page:
     figures: Sequence[Figure] = ()
     tables: Sequence[Table] = ()
     folded: Sequence[tuple[str, str]] = ()
-    warnings: Sequence[str] = field(default_factory=list)
+    remarks: Sequence[str] = ()
 
 
 def render_page(page: Page) -> str:

@@ -66,14 +66,18 @@
     legend(holder, names, colours);
     const cells = figure.series.flatMap((series) => series.values
       .map((y, index) => ({ y, name: series.name, group: figure.groups[index] })).filter((cell) => cell.y !== null));
+    // Words of a group break into lines where they have no room.
+    const em = Math.max(3, (width - 70) / figure.groups.length / 11);
+    const deepest = Math.max(...figure.groups.map((group) => Math.ceil(group.length / (em * 1.7)))) - 1;
     const room = (width - 60) / Math.max(1, figure.groups.length * names.length);
     return Plot.plot({
-      width, height: 250, marginLeft: 58, marginTop: 30, marginBottom: 42, style,
-      fx: { label: figure.x, labelAnchor: "center", labelArrow: "none", axis: "bottom", domain: figure.groups, padding: 0.2 },
+      width, height: 250 + 14 * deepest, marginLeft: 58, marginTop: 30, marginBottom: 44 + 14 * deepest, style,
+      fx: { label: figure.x, axis: null, domain: figure.groups, padding: 0.2 },
       x: { axis: null, domain: names, padding: 0.08 },
       y: { label: figure.y, labelArrow: "none", grid: true, nice: true, tickFormat: short },
       color: { domain: names, range: colours },
       marks: [
+        Plot.axisFx({ anchor: "bottom", label: figure.x, labelAnchor: "center", labelArrow: "none", lineWidth: em, labelOffset: 38 + 14 * deepest }),
         Plot.ruleY([0], { stroke: "var(--mark)" }),
         Plot.barY(cells, { fx: "group", x: "name", y: "y", fill: "name", title: (c) => `${figure.x} ${c.group}, ${c.name}\n${figure.y}: ${short(c.y)}`, tip: true }),
         room > 34 ? Plot.text(cells, { fx: "group", x: "name", y: "y", text: (c) => short(Number(c.y.toPrecision(3))), dy: -7, fontSize: 11, fill: "currentColor" }) : null,
@@ -120,17 +124,19 @@
     const names = [...new Set(figure.rows.map((row) => row.group))];
     legend(holder, names, colours);
     const labels = figure.rows.map((row) => row.label);
-    const left = Math.min(widest(labels), width * 0.42);
     const points = figure.rows.flatMap((row) => row.points.map((x) => ({ ...row, x })));
+    const most = Math.floor((width - 30) / 6.4);
+    // Names stand above their rows: beside them they would leave no room for the figure on a phone.
     return Plot.plot({
-      width, height: 26 * labels.length + 74, marginLeft: left, marginTop: 26, marginBottom: 46, marginRight: 20, style,
-      x: { label: figure.x, labelAnchor: "center", labelArrow: "none", grid: true, nice: true, ticks: ticks(width - left), tickFormat: short },
-      y: { label: figure.y, labelArrow: "none", domain: labels, tickSize: 0, tickFormat: (text) => (6.6 * text.length > left ? `${text.slice(0, Math.floor(left / 6.6) - 2)}…` : text) },
+      width, height: 44 * labels.length + 68, marginLeft: 26, marginTop: 18, marginBottom: 46, marginRight: 20, style,
+      x: { label: figure.x, labelAnchor: "center", labelArrow: "none", grid: true, nice: true, ticks: ticks(width), tickFormat: short },
+      y: { axis: null, domain: labels, label: figure.y },
       color: { domain: names, range: colours },
       marks: [
-        figure.zero ? Plot.ruleX([0], { stroke: "var(--mark)" }) : null,
+        figure.zero ? Plot.ruleX([0], { stroke: "var(--mark)", strokeWidth: 1.5 }) : null,
+        Plot.text(figure.rows, { y: "label", text: (r) => (r.label.length > most ? `${r.label.slice(0, most - 1)}…` : r.label), frameAnchor: "left", textAnchor: "start", dy: -14, fontSize: 12, fill: "currentColor" }),
         Plot.ruleY(figure.rows.filter((row) => row.low !== null), { x1: "low", x2: "high", y: "label", stroke: "group", strokeWidth: 3, strokeOpacity: 0.55 }),
-        Plot.dot(points, { x: "x", y: "label", stroke: "group", r: 2.6, strokeOpacity: 0.8 }),
+        Plot.dot(points, { x: "x", y: "label", stroke: "group", r: 3, strokeOpacity: 0.8 }),
         Plot.dot(figure.rows, { x: "mean", y: "label", fill: "group", r: 5 }),
         Plot.tip(figure.rows, Plot.pointerY({ x: "mean", y: "label", title: (r) => `${r.label}\n${figure.x}: ${short(r.mean)}` + (r.low === null ? "" : `\n${short(r.low)} to ${short(r.high)}`) })),
       ],
