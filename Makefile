@@ -7,13 +7,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
 
-.PHONY: demo test test-product test-reliability test-cluster test-real lint setup clean
+.PHONY: demo test test-product test-reliability test-cluster test-browser test-real lint setup clean
 
 demo: $(READY)
 	$(BIN)/accelerate launch --config_file configs/accelerate/cpu2.yaml launch/train.py --config configs/demo.json --config configs/zero2.json
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not real_data and not product and not slow and not cluster" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not real_data and not product and not slow and not cluster and not browser" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-product: $(READY)
 	PROGSCALE_PART=$(PART) $(BIN)/python -m pytest -m product
@@ -24,6 +24,10 @@ test-reliability: $(READY)
 # Needs root and SLURM (Debian: apt-get install slurm-wlm munge iproute2).
 test-cluster: $(READY)
 	$(BIN)/python -m pytest -m cluster
+
+# Needs Chromium (Debian: apt-get install chromium chromium-driver).
+test-browser: $(READY)
+	$(BIN)/python -m pytest -m browser
 
 test-real: $(READY)
 	$(BIN)/python -m pytest -m real_data

@@ -19,7 +19,7 @@ from progscale.registry import Registry
 
 EmbeddingsPolicy = Literal["always", "first_stage", "never"]
 # Options that a model with several stacks may be given for each of them.
-BY_STACK = ("first_blocks", "block_weights")
+BY_STACK = ("first_blocks", "block_weights", "blocks")
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,23 @@ def weighted(request: Request) -> list[range]:
             block += 1
         firsts.append(block)
     return _from(firsts, request.num_blocks)
+
+
+@register("only")
+def only(request: Request) -> list[list[int]]:
+    """`schedule.options.blocks` alone, in every stage; none of them trains embeddings and head (the paper's figure 1)."""
+    own = {key: value for key, value in request.options.items() if key not in ("first_blocks", "block_weights", "starts")}
+    blocks = own.pop("blocks", None)
+    if own:
+        raise ScheduleError(f"schedule.options: unknown {', '.join(sorted(own))}; 'only' knows blocks")
+    if not isinstance(blocks, Sequence) or isinstance(blocks, str) or not all(type(block) is int for block in blocks):
+        raise ScheduleError(
+            f"schedule.options.blocks: {blocks!r}; 'only' needs the blocks that are trained, e.g. [3], or [] for none"
+        )
+    for block in blocks:
+        if not 0 <= block < request.num_blocks:
+            raise ScheduleError(f"schedule.options.blocks: {block} is not a block; 0 to {request.num_blocks - 1} are allowed")
+    return [sorted(set(blocks)) for _ in range(request.stages)]
 
 
 def build_stages(

@@ -42,6 +42,7 @@ from progscale.schedule import Stage
 from progscale.signals import Signals, mark_begun
 from progscale.tasks.base import Task, Tokenized
 from progscale.trackers import RunConsole, RunFolder
+from progscale.tracking import Tracking
 from progscale.watch import Watch
 
 log = logging.getLogger("progscale")
@@ -70,6 +71,7 @@ class Session:
         finished: the run has come to its end, nobody will go on from it.
         stopping: some rank was told to stop, and all ranks know.
         unlogged: losses since the last record.
+        tracking: services that are told the run's figures; the main process alone has them.
     """
 
     config: Config
@@ -102,6 +104,7 @@ class Session:
     steps_done: int = 0
     finished: bool = False
     unlogged: list[float] = field(default_factory=list)
+    tracking: Tracking | None = None
     _written_everywhere: bool = False
 
     def __post_init__(self) -> None:
@@ -444,9 +447,18 @@ class Session:
         return next(iter(by_stack.values())) if len(by_stack) == 1 else by_stack
 
     def log(self, kind: str, **values: Any) -> None:
-        """A line in metrics.jsonl."""
+        """A line in metrics.jsonl, and what trackers take of it."""
         if self.folder is not None:
             self.folder.record(kind, **values)
+        if self.tracking is not None:
+            self.tracking.record(kind, values)
+            self._tell(self.tracking.failures())
+
+    def _tell(self, failures: Sequence[str]) -> None:
+        for message in failures:
+            self.console.show(f"warning: {message}")
+            if self.folder is not None:
+                self.folder.record("tracker_failed", message=message)
 
     def log_step(self, step: int, stage: int, result: StepResult, rate: float) -> None:
         """Shows a step, and records the mean loss since the last record at each logging step; faulty steps do not count."""
@@ -483,6 +495,8 @@ class Session:
     def close(self) -> None:
         """Lets go of the engine, the progress bar and the process group."""
         self.console.end()
+        if self.tracking is not None:
+            self._tell(self.tracking.close())
         if self.folder is not None:
             self.folder.close()
         self.feed.close(finished=self.finished)

@@ -41,12 +41,13 @@ from progscale.optim import build_for
 from progscale.optimizers import OPTIMIZERS, Optimizer, Request
 from progscale.plan import NOMINAL_STEPS, Plan, check_shared_blocks, make_plan, render_plan, schedule_options
 from progscale.resume import FOLDER as CHECKPOINTS
-from progscale.resume import POLICIES, derive_stage, find_checkpoint, identity_of
+from progscale.resume import POLICIES, Resumed, derive_stage, find_checkpoint, identity_of
 from progscale.schedule import Stage, build_stages
 from progscale.session import Session
 from progscale.signals import Signals, mark_begun
 from progscale.tasks.base import Tokenized
-from progscale.trackers import RunConsole
+from progscale.trackers import RunConsole, RunFolder
+from progscale.tracking import Tracking, tracker_faults
 
 # The dtype of the parameters themselves, where it is not float32; autocast needs none.
 PARAMETER_DTYPES = {"bf16_params": torch.bfloat16, "fp16": torch.float16}
@@ -78,7 +79,7 @@ def prepare(
             engine that does not take the model.
         FinishedError: the run to go on with has ended already.
     """
-    faults = method_faults(config)
+    faults = [*method_faults(config), *tracker_faults(config)]
     if faults:
         raise ConfigError(faults)
     config = with_options(config)
@@ -209,8 +210,16 @@ def prepare(
         signals=signals or Signals(),
         feed=feed,
         nodes=nodes,
+        tracking=start_tracking(config, folder, resumed),
         compiler=None if config.train.compile == "off" else Compiler(engine, family, config.train.compile),
     )
+
+
+def start_tracking(config: Config, folder: RunFolder | None, resumed: Resumed | None) -> Tracking | None:
+    """The run's trackers, on the main process."""
+    if folder is None or not config.trackers.names:
+        return None
+    return Tracking(config, folder.path, resumed.checkpoint.step if resumed is not None and resumed.in_place else 0)
 
 
 def make_loader(config: Config, split: Tokenized, padding: dict[str, int], accelerator: Any, min_tokens: int = 1) -> TrainLoader:

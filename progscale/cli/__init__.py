@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 
 from progscale import __version__
-from progscale.cli import machines, planning, results, training
+from progscale.cli import machines, planning, results, suites, training
 from progscale.cli.common import quiet_libraries, read_config
 from progscale.cli.training import EXAMPLES
 from progscale.errors import DataError, LaunchError, ModelError, NetworkError, ProgscaleError, UserError
@@ -68,6 +68,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"progscale {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for module in (training, planning, machines, results):
+    for module in (training, planning, machines, results, suites):
         module.add_commands(commands)
     return parser

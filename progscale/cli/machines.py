@@ -94,6 +94,19 @@ def add_submit_options(parser: argparse.ArgumentParser) -> None:
     add_config_options(parser)
     parser.add_argument("--resume", metavar="auto|never|must|PATH", help="as for train; default: auto")
     add_permission_options(parser)
+    several = parser.add_argument_group("several runs, as a job array")
+    several.add_argument("--seeds", nargs="+", type=int, default=[], metavar="SEED", help="one run for each seed")
+    several.add_argument(
+        "--tasks", nargs="+", default=[], metavar="TASK", help="one run for each: a name, or a JSON layer; times seeds"
+    )
+    several.add_argument("--array", "-a", metavar="SPEC", help="sbatch's own: each element's number is its seed, e.g. 42-44%%2")
+    add_job_options(parser)
+    parser.add_argument("--dry-run", action="store_true", help="show the whole script and ask the cluster, submit nothing")
+    parser.add_argument("--yes", "-y", action="store_true", help="do not ask before submitting")
+
+
+def add_job_options(parser: argparse.ArgumentParser) -> None:
+    """What a job asks of the cluster, and what is done on its nodes."""
     job = parser.add_argument_group("the job, as sbatch has it")
     job.add_argument("--nodes", "-N", type=int, default=1, metavar="N", help="default: 1")
     job.add_argument("--gpus-per-node", metavar="[TYPE:]N", help="e.g. 8 or a100:8; default: none")
@@ -114,18 +127,10 @@ def add_submit_options(parser: argparse.ArgumentParser) -> None:
     job.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION", help="one more of its options: constraint=a100, exclusive, …"
     )
-    several = parser.add_argument_group("several runs, as a job array")
-    several.add_argument("--seeds", nargs="+", type=int, default=[], metavar="SEED", help="one run for each seed")
-    several.add_argument(
-        "--tasks", nargs="+", default=[], metavar="TASK", help="one run for each: a name, or a JSON layer; times seeds"
-    )
-    several.add_argument("--array", "-a", metavar="SPEC", help="sbatch's own: each element's number is its seed, e.g. 42-44%%2")
     nodes = parser.add_argument_group("on the nodes")
     nodes.add_argument("--setup", metavar="FILE", help="shell file that each node sources: modules, an environment, variables")
     nodes.add_argument("--container", metavar="IMAGE", help="run in an image of enroot's (pyxis)")
     nodes.add_argument("--apptainer", metavar="IMAGE", help="run in an image of Apptainer's")
-    parser.add_argument("--dry-run", action="store_true", help="show the whole script and ask the cluster, submit nothing")
-    parser.add_argument("--yes", "-y", action="store_true", help="do not ask before submitting")
 
 
 def run_submit(options: argparse.Namespace) -> int:

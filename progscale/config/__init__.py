@@ -16,6 +16,7 @@ from progscale.config.schema import (
     Schedule,
     Section,
     Task,
+    Trackers,
     Train,
 )
 
@@ -33,6 +34,7 @@ __all__ = [
     "Schedule",
     "Section",
     "Task",
+    "Trackers",
     "Train",
     "config_hash",
     "decisive_values",

@@ -104,6 +104,7 @@ def cross_faults(config: Config, values: Values, bad: set[KeyPath]) -> list[Faul
     _engine(checks)
     _cache(checks)
     _task(checks)
+    _trackers(checks)
     return checks.faults
 
 
@@ -455,3 +456,15 @@ def _table(checks: _Checks) -> None:
                 f"{checks.value('task.label_column')} is one of task.text_columns",
                 "task.text_columns",
             )
+
+
+def _trackers(checks: _Checks) -> None:
+    trackers = checks.config.trackers
+    if len(set(trackers.names)) < len(trackers.names):
+        checks.fault("trackers.names", f"{checks.value('trackers.names')} names a tracker twice")
+    for name in sorted(set(trackers.options) - set(trackers.names)):
+        checks.fault(
+            "trackers.options",
+            f"'{name}' is none of trackers.names ({', '.join(trackers.names) or 'empty'}); remove it, or name the tracker",
+            "trackers.names",
+        )

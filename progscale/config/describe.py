@@ -37,9 +37,9 @@ def describe_schema() -> list[Option]:
 
 
 def config_hash(config: Config) -> str:
-    """SHA-256 of what makes it this run: all but its name, its output folder, the description, and when it is saved."""
+    """SHA-256 of what makes it this run: all but its name, output folder and description, when it is saved, and who is told."""
     values = dump_config(config)
-    del values["description"], values["run"]["name"], values["run"]["output_dir"], values["checkpoint"]
+    del values["description"], values["run"]["name"], values["run"]["output_dir"], values["checkpoint"], values["trackers"]
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -62,7 +62,7 @@ FREE_KEYS = frozenset(
         *("cache.storage", "cache.budget_gigabytes", "cache.path"),
     }
 )
-FREE_SECTIONS = frozenset({"engine", "checkpoint"})
+FREE_SECTIONS = frozenset({"engine", "checkpoint", "trackers"})
 
 
 def is_decisive(section: str, key: str) -> bool:

@@ -362,6 +362,18 @@ class Checkpoint(Section):
     )
 
 
+class Trackers(Section):
+    """Services that are told the run's figures, through Accelerate; one that fails never stops a run."""
+
+    names: list[Literal["tensorboard", "mlflow", "wandb", "trackio"]] = Field(
+        default_factory=list, description='which, e.g. ["tensorboard"]; each needs its package (docs/tracking.md)'
+    )
+    project: Text = Field(default="progscale", description="MLflow's experiment, the project of wandb and trackio")
+    options: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description='what a service\'s own start takes, e.g. {"wandb": {"tags": ["bert"]}}'
+    )
+
+
 class Config(Section):
     """A whole run. `load_config` builds it; by hand, `Config(train=Train(epochs=2))` takes every other default."""
 
@@ -376,6 +388,7 @@ class Config(Section):
     engine: Engine = Field(default_factory=Engine)
     cache: Cache = Field(default_factory=Cache)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    trackers: Trackers = Field(default_factory=Trackers)
 
     @property
     def run_name(self) -> str:

@@ -99,6 +99,8 @@ class Engine(ABC):
             force: rebuild even when the trained tensors stay the same.
         """
         start = time.perf_counter()
+        self.operations = None
+        self._steps_taken, self._look_at = 0, min(LOOK_AT, build.stage.steps) if self.counts else 0
         if self._stays(build) and not force:
             self.build = build
             return Switch(False, time.perf_counter() - start, "none")
@@ -111,8 +113,6 @@ class Engine(ABC):
         self._set_trainable(build)
         self.build = build
         self.traffic = None if self.world_size > 1 else 0
-        self.operations = None
-        self._steps_taken, self._look_at = 0, min(LOOK_AT, build.stage.steps) if self.counts else 0
         self._build(build)
         carried, requantized = self._carry(old)
         if scale is not None:

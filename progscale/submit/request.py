@@ -349,13 +349,13 @@ def rank_faults(request: Request, wanted: Wanted, config: Config) -> list[Fault]
 
 def same_names(request: Request, runs: Sequence[Run]) -> list[Fault]:
     """Runs of one array that would write to the same folder."""
-    named = [run.config.run.name for run in runs if run.config.run.name is not None]
     option = "--array" if request.array else "--seeds" if request.seeds else "--tasks"
-    if len(runs) > 1 and named:
-        many = f"'{named[0]}' would name all {len(runs)} runs of {option}"
-        return [Fault("run.name", f"{many}; set it to null, and each is called {{task}}-{{schedule}}-{{seed}}")]
     folders = [run.folder for run in runs]
     twice = next((folder for index, folder in enumerate(folders) if folder in folders[:index]), None)
+    named = [run.config.run.name for run in runs if run.folder == twice and run.config.run.name is not None]
+    if named:
+        many = f"'{named[0]}' would name {len(named) if len(named) < len(runs) else f'all {len(runs)}'} runs of {option}"
+        return [Fault("run.name", f"{many}; set it to null, and each is called {{task}}-{{schedule}}-{{seed}}")]
     # Elements or seeds that are given twice have a fault of their own.
     if twice is not None and len(set(request.seeds)) == len(request.seeds) and len(set(request.tasks)) == len(request.tasks):
         return [Fault(option, f"two of the runs would be '{twice}'; leave one of them out")]

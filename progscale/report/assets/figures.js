@@ -56,7 +56,7 @@
         Plot.text(marks.filter((mark) => mark.shown), { x: "x", text: "text", frameAnchor: "top", textAnchor: "start", dx: 4, dy: -2, fill: "var(--muted)", fontSize: 11 }),
         Plot.line(points, { x: "x", y: "y", stroke: "name", strokeWidth: 1.8 }),
         Plot.dot(points.filter((point) => dotted.has(point.name)), { x: "x", y: "y", fill: "name", r: 3.2 }),
-        Plot.tip(points, Plot.pointer({ x: "x", y: "y", stroke: "name", title: (p) => `${p.name}\n${figure.x} ${p.x}\n${figure.y}: ${short(p.y)}` })),
+        Plot.tip(points, Plot.pointerX({ x: "x", y: "y", stroke: "name", title: (p) => `${p.name}\n${figure.x} ${p.x}\n${figure.y}: ${short(p.y)}` })),
       ],
     });
   }

@@ -85,6 +85,8 @@ VALID: dict[str, st.SearchStrategy[Any]] = {
     "checkpoint.background": st.booleans(),
     "checkpoint.shard_megabytes": st.integers(1, 100_000),
     "checkpoint.on_error": st.sampled_from(["stop", "warn"]),
+    "trackers.names": st.lists(st.sampled_from(["tensorboard", "mlflow", "wandb", "trackio"]), unique=True),
+    "trackers.project": st.text("abc", min_size=1, max_size=5),
 }
 # Options whose value is right or wrong by what others have: they are drawn where their combinations are tested.
 DEPENDENT = {
@@ -96,7 +98,7 @@ DEPENDENT = {
     *("schedule.first_blocks", "schedule.starts", "schedule.block_weights", "schedule.options"),
     *("schedule.frozen_mode", "cache.storage", "cache.dtype", "cache.budget_gigabytes", "cache.path"),
     *("method.options", "optimizer.options", "optimizer.name", "optimizer.warmup_steps", "engine.name", "engine.deepspeed"),
-    *("engine.by_stage", "train.memory_gigabytes", "train.compile"),
+    *("engine.by_stage", "train.memory_gigabytes", "train.compile", "trackers.options"),
 }
 
 
