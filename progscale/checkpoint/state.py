@@ -48,6 +48,11 @@ class SavedStage(Part):
     engine: str = ""
     micro_batch_size: Count = 0
     communicated_bytes: Count | None = None
+    planned_flops: Count | None = None
+    flops: Count | None = None
+    baseline_flops: Count | None = None
+    counted_share: float | None = None
+    energy_joules: float | None = None
     frozen_prefix: Count = 0
     cache: dict[str, Count] | None = None
     peak_reserved_bytes: Count | None = None
@@ -84,6 +89,10 @@ class SavedMeter(Part):
     peak: dict[str, int]
     communicated_bytes: Count | None = None
     communicated_by: str | None = None
+    flops: Count = 0
+    baseline_flops: Count = 0
+    counted_share: float | None = None
+    energy_joules: float | None = None
 
 
 class SavedState(Part):

@@ -52,8 +52,8 @@ def add_commands(commands: Any) -> None:
         "contribution",
         run_contribution,
         help="what each block contributes: the score with embeddings, head and one block trained, block by block",
-        description="The paper's figure 1 for any model and task, with cheap proxies beside it (gradient norm, weight change after "
-        "a few steps). Writes a table, a page and JSON, and weights for the schedule 'weighted'. The same command goes on "
+        description="The paper's figure 1 for any model and task, with cheap proxies beside it (gradient norm, weight change "
+        "after a few steps). Writes a table, a page and JSON, and weights for the schedule 'weighted'. The same command goes on "
         "after whatever stopped it.",
         examples="examples:\n  progscale contribution --config configs/models/bert-base.json --config configs/tasks/sst2.json\n"
         "  progscale contribution --config my_run.json --seeds 1 2 3 --gpus 0,1,2,3\n"

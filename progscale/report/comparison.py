@@ -225,7 +225,10 @@ def model_of(run: RunRecord) -> str:
     """The model's name: the last part of a folder's, for a folder may lie elsewhere on another machine."""
     model = run.config.get("model", {})
     name = str(run.about["model"])
-    short = Path(name).name if "/" in name and (name.startswith((".", "/", "~")) or name.count("/") > 1) else name
+    parts = Path(name).parts
+    is_folder = name.startswith((".", "/", "~")) or len(parts) > 2
+    # Many a model lies in a folder that is called so.
+    short = "/".join(parts[-2:] if parts[-1] in ("model", "checkpoint") else parts[-1:]) if is_folder else name
     extra = [key for key in ("random_weights", "overrides", "revision") if model.get(key)]
     return short + (f" ({', '.join(f'{key}={json.dumps(model[key])}' for key in extra)})" if extra else "")
 

@@ -22,7 +22,7 @@ from tests.harness.worker import TwoRanks
 from tests.tiny import FAMILY_NAMES, tiny_model
 
 STAGES, STEPS, BLOCKS = 3, 6, 4
-OPTIONS = {"custom": {"first_blocks": [2, 0, 4]}, "weighted": {"block_weights": [1.0, 5.0, 1.0, 1.0]}}
+OPTIONS = {"custom": {"first_blocks": [2, 0, 4]}, "weighted": {"block_weights": [1.0, 5.0, 1.0, 1.0]}, "only": {"blocks": [1]}}
 FACTORS = {
     "engine": list(ENGINES),
     "family": FAMILY_NAMES,

@@ -13,7 +13,17 @@ from safetensors.torch import load_file
 from tests.harness.programs import records, summary_of
 
 # What may differ between two runs that computed the same.
-MEASURED = ("seconds", "_per_second", "memory_bytes", "resident_bytes", "reserved_bytes", "communicated_bytes", "time")
+MEASURED = (
+    "seconds",
+    "_per_second",
+    "memory_bytes",
+    "resident_bytes",
+    "reserved_bytes",
+    "communicated_bytes",
+    "time",
+    "command",
+    "counted_share",
+)
 
 
 def without_measurements(value: Any) -> Any:
@@ -67,6 +77,7 @@ def leftovers(folder: Path) -> list[str]:
         "metrics.jsonl",
         "metrics.discarded.jsonl",
         "summary.json",
+        "report.html",
         "model",
         "checkpoints",
         ".lock",

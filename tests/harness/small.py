@@ -42,13 +42,14 @@ def saved_state(step: int) -> dict[str, Any]:
     """What state.json must have; its `run` fits a run that asks for nothing."""
     counts = dict.fromkeys(("rows", "tokens", "skipped_steps", "volume_before"), 0)
     sent = {"communicated_bytes": 5, "communicated_by": "plain, 2"}
+    operations = {"flops": 10, "baseline_flops": 20, "counted_share": 1.0, "energy_joules": None}
     seconds = dict.fromkeys(("evaluation_seconds", "saving_seconds", "switch_seconds", "earlier_seconds"), 0.5)
     progress = {"evaluation_due": False, "metrics": {}, "best": {}, "best_step": 0, "stages": [], "skipped_in_a_row": 0}
     return {
         **{"step": step, "stage": 1, "run": {}, "engine": "plain", "world_size": 2, "versions": {}, "loss_scale": None},
         **{"learning_rate": 0.1, "unlogged": [], "metrics_bytes": 0, "parameters": PARAMETERS},
         "progress": {"step": step, "stage": 1, "carried": "none", **progress, **seconds},
-        "meter": {**counts, "seconds": 0.0, "audit_seconds": 0.0, "peak": {}, **sent},
+        "meter": {**counts, "seconds": 0.0, "audit_seconds": 0.0, "peak": {}, **sent, **operations},
     }
 
 

@@ -36,7 +36,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_run_folder(alone: Path) -> None:
-    files = {"config.json", "plan.json", "metrics.jsonl", "summary.json", "model", "checkpoints", ".lock"}
+    files = {"config.json", "plan.json", "metrics.jsonl", "summary.json", "report.html", "model", "checkpoints", ".lock"}
     assert {path.name for path in alone.iterdir()} == files
     summary = summary_of(alone)
     assert summary.keys() >= SUMMARY_KEYS

@@ -32,7 +32,7 @@ def parts_of(family: str, method: str = "full") -> Partition:
 def stages_of(schedule: str, embeddings: str, stages: int, stacks: Sequence[str] = ("blocks",)) -> tuple[Stage, ...]:
     firsts = [[2, 0, 4, 1, 3, 0, 2][index % 7] for index in range(stages)]
     firsts[-1] = 0
-    options = {"custom": {"first_blocks": firsts}, "weighted": {"block_weights": [1.0, 5.0, 1.0, 1.0]}}
+    options = {"custom": {"first_blocks": firsts}, "weighted": {"block_weights": [1.0, 5.0, 1.0, 1.0]}, "only": {"blocks": [1]}}
     return build_stages(
         schedule,
         num_blocks=dict.fromkeys(stacks, BLOCKS),
