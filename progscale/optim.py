@@ -7,12 +7,11 @@ sharded alike before and after a switch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from progscale.blocks import ParameterInfo, Partition
-from progscale.methods import Method, live_parameters
+from progscale.methods import Trainable, live_parameters
 from progscale.schedule import Stage
 
 
@@ -52,10 +51,11 @@ class StageBuild:
 def build_for(
     stages: Sequence[Stage],
     partition: Partition,
-    method: Method[Any],
+    method: Trainable,
     *,
     weight_decay: float = 0.0,
     decay_bias_and_norm: bool = False,
+    decayed: Collection[str] | None = None,
 ) -> tuple[StageBuild, ...]:
     """The builds of all stages.
 
@@ -65,6 +65,7 @@ def build_for(
         method: names the trainable tensors.
         weight_decay: for tensors of two or more dimensions.
         decay_bias_and_norm: also for biases and norm weights, the tensors of one dimension.
+        decayed: names of the tensors that are decayed, instead of the two rules.
     """
     live = [frozenset(live_parameters(stage, partition, method)) for stage in stages]
     buckets: dict[tuple[str, tuple[bool, ...], float], list[ParameterInfo]] = {}
@@ -73,7 +74,8 @@ def build_for(
         if not any(signature):
             continue
         # Biases and norms are the tensors of one dimension in every Transformer.
-        decay = weight_decay if decay_bias_and_norm or len(info.shape) > 1 else 0.0
+        is_decayed = decay_bias_and_norm or len(info.shape) > 1 if decayed is None else info.name in decayed
+        decay = weight_decay if is_decayed else 0.0
         kind = info.stack if info.part == "block" else info.part
         assert kind is not None
         buckets.setdefault((kind, signature, decay), []).append(info)

@@ -65,6 +65,8 @@ class DeepSpeedEngine(Engine):
         self.partitions_parameters = self.zero_stage == 3
         self.scales_loss = settings.precision == "fp16"
         self._engine: Any = None
+        # The optimizer as Accelerate gives it out.
+        self.prepared: Any = None
         for child in module.modules():
             # DeepSpeed moves no module that is partitioned already, and with it none of its buffers.
             for key, buffer in child._buffers.items():
@@ -96,22 +98,25 @@ class DeepSpeedEngine(Engine):
             # DeepSpeed drops second copies after a step of its own, and not when somebody else gave the partitions other values.
             if getattr(self.parameters[name], "ds_secondary_tensor", None) is not None:
                 vars(self.parameters[name])["ds_secondary_tensor"] = None
-        plugin = self.accelerator.state.deepspeed_plugin
-        # Accelerate fills "auto" once and keeps the values; each stage writes the whole config anew.
-        from accelerate.utils.deepspeed import HfDeepSpeedConfig
-
-        plugin.hf_ds_config = HfDeepSpeedConfig(
-            stage_config(self.deepspeed, self.settings, self.world_size, hidden_size(self.module) or 1024)
-        )
-        plugin.deepspeed_config = plugin.hf_ds_config.config
+        self._write_config()
         optimizer = self.settings.optimizer.build(self.parameters, build.groups)
         # ZeRO-3 formats its arguments for a log line that is not printed, all values of all parameters among them.
         with printoptions(threshold=0, edgeitems=1):
-            self._engine, _ = self.accelerator.prepare(self.module, optimizer)
+            self._engine, self.prepared = self.accelerator.prepare(self.module, optimizer)
         if self._folder is not None:
             # A model that was built whole is partitioned by the first engine.
             ranks.on_all(lambda: self._park(build))
             give_back_pinned()
+
+    def _write_config(self) -> None:
+        """Accelerate fills "auto" once and keeps the values; each stage writes the whole config anew."""
+        from accelerate.utils.deepspeed import HfDeepSpeedConfig
+
+        plugin = self.accelerator.state.deepspeed_plugin
+        plugin.hf_ds_config = HfDeepSpeedConfig(
+            stage_config(self.deepspeed, self.settings, self.world_size, hidden_size(self.module) or 1024)
+        )
+        plugin.deepspeed_config = plugin.hf_ds_config.config
 
     def _park(self, build: StageBuild) -> None:
         """Has what is frozen lie where it stays: in memory of its own, or in a file. One rank's disk alone may be full."""
@@ -125,7 +130,7 @@ class DeepSpeedEngine(Engine):
                 leave_flat_buffer(held)
 
     def _release(self) -> None:
-        engine, self._engine = self._engine, None
+        engine, self._engine, self.prepared = self._engine, None, None
         if engine is not None:  # None: it failed while it was built
             for value in list(vars(engine).values()):
                 if type(value).__name__ == "RemovableHandle":

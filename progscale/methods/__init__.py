@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from progscale.blocks import Partition
 from progscale.errors import ModelError
 from progscale.methods.base import METHODS, Method, Subject, register
 from progscale.schedule import Stage
 
-__all__ = ["METHODS", "Method", "Subject", "live_parameters", "make_method", "register"]
+__all__ = ["METHODS", "Method", "Subject", "Trainable", "live_parameters", "make_method", "register"]
 
 
 def make_method(name: str, subject: Subject, options: Mapping[str, Any] | None = None) -> Method[Any]:
@@ -32,7 +32,15 @@ def make_method(name: str, subject: Subject, options: Mapping[str, Any] | None =
     return kind(subject, kind.Options.model_validate(dict(options or {})))
 
 
-def live_parameters(stage: Stage, partition: Partition, method: Method[Any]) -> tuple[str, ...]:
+class Trainable(Protocol):
+    """Names what is trained at most: a method, or whoever has prepared a model already."""
+
+    def tensors(self, partition: Partition) -> frozenset[str]:
+        """Names of parameters."""
+        ...
+
+
+def live_parameters(stage: Stage, partition: Partition, method: Trainable) -> tuple[str, ...]:
     """Names of the parameters that stage `stage` trains, in the order of the model.
 
     A tied tensor belongs to the embeddings, so the embeddings policy decides about it; the head is always live,

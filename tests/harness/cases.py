@@ -266,6 +266,7 @@ def run(
     by_stage: Sequence[str] = (),
     trials: bool = False,
     compiled: bool = False,
+    rates: Sequence[float] = (),
 ) -> Outcome:
     """Trains a tiny model and records what the contract tests ask about.
 
@@ -278,6 +279,7 @@ def run(
         trials: of two micro-batches before each stage, as for `train.micro_batch_size: auto`.
         compiled: each block, without a compiler of machine code.
         by_stage: a key of ENGINES or VARIANTS for each stage, beginning with `engine`.
+        rates: learning rates of all steps, instead of the curve.
         poison_gradient: (step, rank) whose loss stays finite, and whose gradient becomes infinite.
     """
     module = tiny_model(family, blocks=blocks, **({} if width == 16 else {"hidden_size": width}), **(config or {}))
@@ -310,7 +312,7 @@ def run(
         frozen = [name for name in parts.parameters if name not in build.live]
         before, bits, volume = masters(made), made.digests(frozen), made.updated_volume()
         for step in range(build.stage.start_step, build.stage.end_step):
-            rate = curve_of(step)
+            rate = rates[step] if rates else curve_of(step)
             batches = share(step, rows, vocabulary, made.rank, made.world_size, micro, end_token(module.config))
             infinite = any((step, made.rank) == bad for bad in poison)
             loss = (lambda o, y: row_loss(o, y) * float("inf")) if infinite else row_loss

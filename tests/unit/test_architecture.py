@@ -23,7 +23,7 @@ ORDER = [
     *("compiling", "prefix", "cache", "fit"),
     *("meters", "trackers", "tracking", "export", "report"),
     *("joining", "session", "inputs", "folder", "setup", "progress", "loop", "run", "doctor"),
-    *("slurm", "submit", "suite", "contribution", "cli", "__main__"),
+    *("slurm", "submit", "suite", "contribution", "integrations", "cli", "__main__"),
 ]
 WITHOUT_TORCH = (
     *("errors", "checks", "numbers", "registry", "config", "schedule", "names", "learning_rate"),

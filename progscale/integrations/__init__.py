@@ -1,0 +1,1 @@
+"""Progressive stages for loops that are not progscale's own."""
