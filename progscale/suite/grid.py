@@ -145,7 +145,9 @@ def read_suite(path: str | Path, sets: Sequence[str] = (), folder: str | Path | 
             config = with_options(load_config(layers, [*overrides, *own], check=name_faults))
         except ConfigError as error:
             for fault in error.faults:
-                faults.setdefault(fault, []).append(name)
+                # The sections of an axis stand in this file.
+                shown = Fault(fault.key, fault.message.replace("(from a mapping)", f"(from {path})"))
+                faults.setdefault(shown, []).append(name)
             continue
         cells.append(Cell(name, {**point, "seed": str(seed)}, config, target / "configs" / f"{name}.json"))
     if faults:

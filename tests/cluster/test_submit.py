@@ -161,3 +161,28 @@ def test_a_dry_run_asks_and_queues_nothing(login: Login) -> None:
     assert "SLURM would start it at " in answer.err and "on nodes n[1-2] in partition debug; nothing was submitted" in answer.err
     assert login.queue() == ""
     assert list(login.folder.iterdir()) == []
+
+
+def test_a_suite_is_an_array_of_its_runs(login: Login) -> None:
+    """What is missing is queued, each run with its own config; when all are done, the same command compares them."""
+    content = {
+        "set": {"task.max_train_examples": 64, "task.max_eval_examples": 32, "train.epochs": 2},
+        "schedules": {"none": {"schedule": {"name": "none"}}, "progtuning": {}},
+        "seeds": [1, 2],
+    }
+    (login.folder / "small.json").write_text(json.dumps(content))
+    suite = (sys.executable, "-m", "progscale", "suite", "small.json")
+    answer = login.run(*suite, "--slurm", "--yes", "--time", "10")
+    assert answer.code == 0, answer.err
+    assert "when the runs are done: progscale suite small.json --compare-only" in answer.out
+    job = next(line.split()[1] for line in answer.out.splitlines() if line.endswith("is queued"))
+    login.ends(job)
+    (lines,) = login.folder.glob("logs/submitted/*.txt")
+    assert [line.split()[1] for line in lines.read_text().splitlines()] == [
+        f"runs/suites/small/configs/{name}-s{seed}.json" for seed in (1, 2) for name in ("none", "progtuning")
+    ]
+    compared = login.run(*suite, "--compare-only")
+    assert compared.code == 0, compared.err
+    assert "4 finished" in compared.out
+    content = json.loads((login.folder / "runs" / "suites" / "small" / "compare.json").read_text())
+    assert [sorted(arm["scores"]) for arm in content["groups"][0]["arms"]] == [["1", "2"]] * 2
