@@ -1,4 +1,4 @@
-"""The commands `report`, `compare` and `completion`: what a run shows, and what the shell knows of the commands."""
+"""The commands `report`, `compare`, `export` and `completion`: what a run shows, and what the shell knows of the commands."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from progscale.cli.common import command, show
-from progscale.errors import ReportError
+from progscale.errors import ReportError, UserError
 
 if TYPE_CHECKING:
     from progscale.report import Comparison
 
 
 def add_commands(commands: Any) -> None:
-    """`report`, `compare`, `completion`."""
+    """`report`, `compare`, `export`, `completion`."""
     report = command(
         commands,
         "report",
@@ -41,6 +41,20 @@ def add_commands(commands: Any) -> None:
     )
     compare.add_argument("run_folders", metavar="RUN", nargs="+", help="folders of runs, or folders that hold such")
     add_comparison_options(compare)
+    export = command(
+        commands,
+        "export",
+        run_export,
+        help="a run's model or adapter with a model card, and on request to the hub",
+        description="Writes the model of a finished run, as from_pretrained loads it, with a model card (task, scores, stages, "
+        "ledger, cost, config, command) and its report. Nothing goes to the hub unless you say so.",
+        examples="examples:\n  progscale export runs/mrpc-progtuning-42 mrpc-bert\n"
+        "  progscale export runs/mrpc-progtuning-42 mrpc-bert --push-to-hub me/mrpc-bert --private",
+    )
+    export.add_argument("run_folder", metavar="RUN", help="folder of a finished run")
+    export.add_argument("target", metavar="TARGET", help="folder to write; must not exist yet, or be empty")
+    export.add_argument("--push-to-hub", metavar="REPOSITORY", help="upload it there: NAME or OWNER/NAME")
+    export.add_argument("--private", action="store_true", help="with --push-to-hub: a new repository is private")
     completion = command(
         commands,
         "completion",
@@ -86,6 +100,19 @@ def run_compare(options: argparse.Namespace) -> int:
     runs = [read_run(path) for path in find_runs(options.run_folders)]
     comparison = compare(runs, which=options.score, reference=options.reference, metric=options.metric)
     write_comparison(comparison, options.format, None if options.output is None else Path(options.output).expanduser())
+    return 0
+
+
+def run_export(options: argparse.Namespace) -> int:
+    """The command `export`."""
+    from progscale.publish import export_run, push
+
+    if options.private and options.push_to_hub is None:
+        raise UserError("--private: given without --push-to-hub")
+    target = export_run(options.run_folder, options.target)
+    print(target)
+    if options.push_to_hub is not None:
+        print(push(target, options.push_to_hub, private=options.private))
     return 0
 
 

@@ -21,13 +21,13 @@ ORDER = [
     *("preflight", "tasks", "data"),
     *("checkpoint", "resume", "verify", "watch"),
     *("compiling", "prefix", "cache", "fit"),
-    *("meters", "trackers", "tracking", "export", "report"),
+    *("meters", "trackers", "tracking", "export", "report", "publish"),
     *("joining", "session", "inputs", "folder", "setup", "progress", "loop", "run", "doctor"),
     *("slurm", "submit", "suite", "contribution", "integrations", "cli", "__main__"),
 ]
 WITHOUT_TORCH = (
     *("errors", "checks", "numbers", "registry", "config", "schedule", "names", "learning_rate"),
-    *("launcher", "machine", "owner", "network", "signals", "report", "slurm", "submit", "suite", "cli"),
+    *("launcher", "machine", "owner", "network", "signals", "report", "publish", "slurm", "submit", "suite", "cli"),
 )
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
