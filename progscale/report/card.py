@@ -164,7 +164,8 @@ def ledger(run: RunRecord) -> str:
     planned = sum(stage["planned_updated_parameters"] for stage in run.stages)
     measured_text, planned_text, baseline_text = (quantity(value, digits=4) for value in (updated, planned, baseline))
     lines = [
-        f"- updated parameters: {measured_text} measured, {planned_text} planned, {baseline_text} without stages ({percent(1 - updated / baseline)} fewer)",
+        f"- updated parameters: {measured_text} measured, {planned_text} planned, {baseline_text} without stages "
+        f"({percent(1 - updated / baseline)} fewer)",
         f"- training: {seconds_text(summary['train_seconds'])} ({seconds_text(summary['total_seconds'])} with all else)",
         f"- peak memory: {quantity(max(stage['peak_memory_bytes'] for stage in run.stages), 'B')} ({memory_words(run)})",
     ]
