@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from progscale.config import Config
 from progscale.errors import AuditError, NonFiniteError, PreemptedError, ProgscaleError, WriteError
@@ -34,8 +35,8 @@ def run(config: Config, signals: Signals, *, resume: str = "never", permissions:
     return 0
 
 
-def run_session(session: Session) -> None:
-    """Trains and closes the session, whatever happens."""
+def run_session(session: Session) -> dict[str, Any]:
+    """Trains and closes the session, whatever happens; returns the summary."""
     engine, signals = session.engine, session.signals
     session.watch = Watch(
         engine.rank,
@@ -45,7 +46,7 @@ def run_session(session: Session) -> None:
     )
     session.watch.start()
     try:
-        train(session)
+        summary = train(session)
     except PreemptedError:
         if session.folder is not None:
             mark_preempted(session.folder.path, session.steps_done, signals.received)
@@ -67,6 +68,7 @@ def run_session(session: Session) -> None:
     finally:
         session.watch.stop()
     session.close()
+    return summary
 
 
 def tell_the_others(watch: Watch, error: BaseException) -> None:

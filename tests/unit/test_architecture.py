@@ -22,7 +22,7 @@ ORDER = [
     *("checkpoint", "resume", "verify", "watch"),
     *("compiling", "prefix", "cache", "fit"),
     *("meters", "trackers", "tracking", "export", "report", "publish"),
-    *("joining", "session", "inputs", "folder", "setup", "progress", "loop", "run", "doctor"),
+    *("joining", "session", "inputs", "folder", "setup", "progress", "loop", "run", "api", "doctor"),
     *("slurm", "submit", "suite", "contribution", "integrations", "cli", "__main__"),
 ]
 WITHOUT_TORCH = (
