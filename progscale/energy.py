@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any
 
 import torch
+
+log = logging.getLogger("progscale")
 
 
 class EnergyMeter:
@@ -22,6 +25,7 @@ class EnergyMeter:
             counter_of(device) if library is None else functools.partial(read_counter, library, handle_of(library, device))
         )
         self._since: int | None = None
+        self._error: type[Exception] = getattr(library, "NVMLError", None) or nvml_error()
 
     @property
     def tells(self) -> bool:
@@ -30,13 +34,33 @@ class EnergyMeter:
 
     def start(self) -> None:
         """Counts from here."""
-        self._since = None if self._read is None else self._read()
+        self._since = self._now()
 
     def stop(self) -> None:
         """Counts up to here."""
-        if self._read is not None and self._since is not None:
-            self.joules += (self._read() - self._since) / 1000
-            self._since = None
+        since, self._since = self._since, None
+        now = None if since is None else self._now()
+        if since is not None and now is not None:
+            self.joules += (now - since) / 1000
+
+    def _now(self) -> int | None:
+        if self._read is None:
+            return None
+        try:
+            return int(self._read())
+        except self._error as error:
+            # A driver that was updated, a card that is gone: the figure is left out, the run goes on.
+            log.warning("the GPU's energy is not known from here on: %s", error)
+            self._read = None
+            return None
+
+
+def nvml_error() -> type[Exception]:
+    """What NVML raises."""
+    import pynvml
+
+    error: type[Exception] = pynvml.NVMLError
+    return error
 
 
 @functools.cache

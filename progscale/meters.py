@@ -84,7 +84,7 @@ class StageRecord:
             stopped before it and resumed too late for another.
         planned_flops: floating-point operations of all ranks, were every row as long as the longest allowed.
         flops: those of the rows as long as they were, with their padding, and without what a cache spared.
-        baseline_flops: of the same rows with every block and the embeddings trained: plain fine-tuning.
+        baseline_flops: of the same rows and the same method without stages.
         counted_share: of one step's operations on the main process, as torch counted them kernel by kernel, in what `flops`
             holds for that step; None where they could not be counted (compiled blocks).
         energy_joules: of all GPUs while training steps ran, from NVML; None without a GPU that tells.
@@ -181,7 +181,7 @@ class StageOperations:
 
     Attributes:
         work: of the stage.
-        baseline: of plain fine-tuning.
+        baseline: of the same method without stages.
         width: of attention.
         block: matrix elements of one block.
         planned: operations of the stage, were every row as long as the longest allowed.

@@ -7,12 +7,14 @@ through an entry point of the registry's group, whose module is imported when na
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
+import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
-from progscale.errors import RegistryError, nearest
+from progscale.errors import ConfigError, RegistryError, nearest
 
 T = TypeVar("T")
 
@@ -112,3 +114,17 @@ class Registry(Generic[T]):
             # An entry point may name the module that registers, or the thing itself.
             if thing not in self._entries.values() and not isinstance(thing, type(importlib)):
                 self.add(point.name, thing)
+
+
+def import_plugin(module: str) -> None:
+    """Imports a user's module by name, from the working directory too."""
+    if not all(part.isidentifier() for part in module.split(".")):
+        raise ConfigError(f"--plugin {module}: no name of a module; give it as in an import, e.g. --plugin my_encoder")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and (module == error.name or module.startswith(error.name + ".")):
+            raise ConfigError(f"--plugin {module}: no such module in the working directory or the environment") from error
+        raise

@@ -26,7 +26,7 @@ from progscale.compiling import Compiler
 from progscale.config import Config, dump_config
 from progscale.data import GlobalBatch, MicroBatch, TrainLoader, eval_batches
 from progscale.engine.base import Engine, StepResult, Switch
-from progscale.errors import CheckpointError, ReportError, WriteError
+from progscale.errors import CheckpointError, WriteError
 from progscale.export import export_model, exported_origin
 from progscale.fit import SHARE_OF_FREE, fit_micro_batch
 from progscale.learning_rate import LearningRate
@@ -246,8 +246,10 @@ class Session:
         self.console.show(f"stage {stage.index}: {fit}")
         self.log("micro_batch", stage=stage.index, **asdict(fit))
 
-    def operations(self, stage: Stage) -> StageOperations:
-        """What a stage's steps compute, by the plan's arithmetic."""
+    def operations(self, stage: Stage) -> StageOperations | None:
+        """What a stage's steps compute, by the plan's arithmetic; None for several stacks, which see rows of other lengths."""
+        if len(self.partition.num_blocks) > 1:
+            return None
         work, train = self.plan.stages[stage.index - 1].work, self.config.train
         a_row = work.flops(train.max_length, self.plan.width).total
         return StageOperations(
@@ -485,8 +487,8 @@ class Session:
                 raise WriteError(f"the run is done, but its summary.json cannot be written: {error}") from error
             try:
                 write_report(self.folder.path)
-            except (OSError, ReportError) as error:
-                # All that it shows lies in the folder.
+            except Exception as error:
+                # All that it shows lies in the folder: no page is worth a run, whatever is wrong with it.
                 log.warning("the report could not be written (%s); progscale report %s makes it", error, self.folder.path)
 
         self.engine.on_main(write)

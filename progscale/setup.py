@@ -131,6 +131,7 @@ def prepare(
         model=model,
         schedule=config.schedule_label,
         width=hidden_size(found.skeleton),
+        checkpointing=config.train.gradient_checkpointing,
     )
     check_cache(config, plan)
     world_size = int(accelerator.num_processes)

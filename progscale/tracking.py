@@ -67,10 +67,12 @@ class Tracking:
             started = start_options(name, config, folder, known.get(name), step) | config.trackers.options.get(name, {})
             # TensorBoard has files instead of projects.
             project = "tensorboard" if name == "tensorboard" else config.trackers.project
-            self._workers.append(Worker(name, functools.partial(make_tracker, name, project, folder, started), options))
+            # A run that goes on there has its options, and MLflow takes no others.
+            stored = None if name in known else options
+            self._workers.append(Worker(name, functools.partial(make_tracker, name, project, folder, started), stored))
         self._folder = folder
+        self._names = known
         self._told: set[str] = set()
-        self._names_written = False
 
     def record(self, kind: str, values: Values) -> None:
         """Passes the figures of a record on; returns at once."""
@@ -86,9 +88,10 @@ class Tracking:
 
     def failures(self) -> list[str]:
         """What has failed since this was asked last."""
-        if not self._names_written and all(worker.begun.is_set() for worker in self._workers):
-            self._names_written = True
-            names = {worker.name: worker.run_name for worker in self._workers if worker.run_name is not None}
+        # A service that cannot be reached now may be there the next time: its name is kept.
+        names = self._names | {worker.name: worker.run_name for worker in self._workers if worker.run_name is not None}
+        if names != self._names:
+            self._names = names
             try:
                 (self._folder / FILE).write_text(json.dumps(names) + "\n", encoding="utf-8")
             except OSError as error:
@@ -120,13 +123,13 @@ class Worker:
         begun: set when the service has taken up the run, or failed to.
     """
 
-    def __init__(self, name: str, make: Callable[[], Tracker], options: Values) -> None:
+    def __init__(self, name: str, make: Callable[[], Tracker], options: Values | None) -> None:
         self.name = name
         self.run_name: str | None = None
         self.fault: str | None = None
         self.begun = threading.Event()
         self._make = make
-        self._options = dict(options)
+        self._options = options
         self._queue: queue.Queue[tuple[Values, int] | None] = queue.Queue(MOST_WAITING)
         # A service that hangs must not keep the process from ending.
         self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
@@ -159,7 +162,8 @@ class Worker:
             tracker = self._make()
             tracker.start()
             self.run_name = run_name_of(self.name, tracker)
-            tracker.store_init_configuration(dict(self._options))
+            if self._options is not None:
+                tracker.store_init_configuration(dict(self._options))
         except Exception as error:
             self._fail("it could not begin", error)
             return
@@ -193,16 +197,18 @@ def start_options(name: str, config: Config, folder: Path, known: str | None, st
         return {"purge_step": step + 1} if step else {}
     if name == "mlflow":
         return {"run_name": config.run_name} if known is None else {"run_id": known}
-    options: dict[str, Any] = {"name": config.run_name, "resume": "allow"}
-    if name == "wandb":
-        options |= {"dir": str(folder)} | ({} if known is None else {"id": known})
-    return options
+    if name == "trackio":
+        # A run of another folder may have the same name.
+        return {"name": known or config.run_name, "resume": "never" if known is None else "allow"}
+    return {"name": config.run_name, "dir": str(folder)} | ({} if known is None else {"id": known, "resume": "allow"})
 
 
 def run_name_of(name: str, tracker: Tracker) -> str | None:
     """What a service calls the run, where it needs that to go on with it."""
     if name == "mlflow":
         return str(tracker.tracker.info.run_id)
+    if name == "trackio":
+        return str(tracker.tracker.name)
     return str(tracker.tracker.id) if name == "wandb" else None
 
 

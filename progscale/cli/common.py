@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import logging
 import os
@@ -12,8 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from progscale.config import Config, load_config
-from progscale.errors import ConfigError
 from progscale.names import name_faults, with_options
+from progscale.registry import import_plugin
 
 
 def command(
@@ -75,20 +74,6 @@ def read_config(options: argparse.Namespace, extra: Sequence[str] = ()) -> Confi
     for module in options.plugin:
         import_plugin(module)
     return with_options(load_config(options.config, [*options.set, *extra], check=name_faults))
-
-
-def import_plugin(module: str) -> None:
-    """Imports a user's module by name, from the working directory too."""
-    if not all(part.isidentifier() for part in module.split(".")):
-        raise ConfigError(f"--plugin {module}: no name of a module; give it as in an import, e.g. --plugin my_encoder")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name and (module == error.name or module.startswith(error.name + ".")):
-            raise ConfigError(f"--plugin {module}: no such module in the working directory or the environment") from error
-        raise
 
 
 def show(content: Any, render: Any, form: str) -> int:

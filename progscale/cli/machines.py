@@ -12,13 +12,13 @@ from progscale.cli.common import (
     add_config_options,
     add_permission_options,
     command,
-    import_plugin,
     quiet_libraries,
     read_config,
     show,
 )
 from progscale.errors import LaunchError, NetworkError, UserError
 from progscale.launcher import read_ranks
+from progscale.registry import import_plugin
 
 
 def add_commands(commands: Any) -> None:

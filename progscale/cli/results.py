@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +98,10 @@ def run_compare(options: argparse.Namespace) -> int:
     """The command `compare`."""
     from progscale.report import compare, find_runs, read_run
 
-    runs = [read_run(path) for path in find_runs(options.run_folders)]
+    found, unfinished = find_runs(options.run_folders)
+    if unfinished:
+        print(f"left out, not finished: {', '.join(map(str, unfinished))}", file=sys.stderr)
+    runs = [read_run(path) for path in found]
     comparison = compare(runs, which=options.score, reference=options.reference, metric=options.metric)
     write_comparison(comparison, options.format, None if options.output is None else Path(options.output).expanduser())
     return 0
@@ -150,12 +154,11 @@ def write_text(target: Path, content: str) -> None:
     Raises:
         ReportError: it cannot be written.
     """
-    partial = target.with_name(target.name + ".partial")
+    from progscale.report.run_page import write_page
+
     try:
-        partial.write_text(content.rstrip("\n") + "\n", encoding="utf-8")
-        partial.replace(target)
+        write_page(target, content)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise ReportError(f"'{target}' cannot be written ({error.strerror}); choose another with --output") from error
 
 

@@ -11,10 +11,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from progscale.cli.common import add_config_options, add_permission_options, command, import_plugin, quiet_libraries, read_config
+from progscale.cli.common import add_config_options, add_permission_options, command, quiet_libraries, read_config
 from progscale.cli.machines import add_job_options
 from progscale.cli.results import write_comparison, write_text
 from progscale.errors import UserError
+from progscale.registry import import_plugin
 from progscale.signals import Signals
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def add_commands(commands: Any) -> None:
         "  progscale suite configs/suites/paper-table1.json --slurm --gpus-per-node 1 --time 4:00:00      a job array\n"
         "  progscale suite my_suite.json --dry-run      what would be run",
     )
-    suite.add_argument("file", metavar="FILE", help="JSON: see docs/suites.md, and configs/suites for examples")
+    suite.add_argument("file", metavar="FILE", help="JSON: see docs/reports.md, and configs/suites for examples")
     suite.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one config value for all runs")
     suite.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="as for train")
     add_permission_options(suite)
@@ -92,11 +93,28 @@ def run_suite(options: argparse.Namespace) -> int:
     if options.dry_run:
         return 0
     if todo and options.slurm and not options.compare_only:
+        check_for_slurm(suite, options)
         suite.write_configs()
         return submit_cells(todo, options)
     failed = {} if options.compare_only else run_here(suite, todo, options)
-    compare_suite(suite, {cell.name: state_of(cell) for cell in suite.cells})
-    return exit_code(failed)
+    try:
+        compare_suite(suite, {cell.name: state_of(cell) for cell in suite.cells})
+    finally:
+        code = exit_code(failed)
+    return code
+
+
+def check_for_slurm(suite: Suite, options: argparse.Namespace) -> None:
+    """Refuses what is for this machine alone, and folders that a job's options cannot name.
+
+    Raises:
+        UserError: naming the option.
+    """
+    for option, default in (("gpus", None), ("workers", 1), ("processes", 1)):
+        if getattr(options, option) != default:
+            raise UserError(f"--{option}: for runs on this machine; with --slurm give --gpus-per-node, --ranks-per-node, --nodes")
+    if str(suite.folder).split() != [str(suite.folder)]:
+        raise UserError(f"--output: '{suite.folder}' has a space, which a job's options cannot have; choose another")
 
 
 def check_counts(options: argparse.Namespace) -> None:
@@ -210,7 +228,9 @@ def submit_cells(cells: list[Cell], options: argparse.Namespace) -> int:
     own: dict[str, Any] = {field.name: getattr(options, field.name) for field in fields(Request) if hasattr(options, field.name)}
     own |= {"config": [], "set": [], "resume": "auto", "seeds": [], "array": None, "tasks": [str(cell.file) for cell in cells]}
     code = submit(Request(**own))
-    again = shlex.join(["progscale", "suite", options.file, *(word for text in options.set for word in ("--set", text))])
+    words = [word for text in options.set for word in ("--set", text)] + passed_on(options)
+    words += [] if options.output is None else ["--output", options.output]
+    again = shlex.join(["progscale", "suite", options.file, *words])
     print(f"when the runs are done: {again} --compare-only")
     return code
 
@@ -227,10 +247,17 @@ def compare_suite(suite: Suite, states: dict[str, State]) -> None:
         print("nothing to compare: fewer than two runs are finished")
         return
     wanted = suite.compare
-    comparison = compare(runs, which=wanted.score, reference=wanted.reference, metric=wanted.metric)
+    comparison = compare(
+        runs, which=wanted.score, reference=wanted.reference, metric=wanted.metric, labels=labels_of(suite), strict=False
+    )
     for form, name in TABLES.items():
         write_comparison(comparison, form, Path(suite.folder) / name)
     write_comparison(comparison, "text", None)
+
+
+def labels_of(suite: Suite) -> dict[Path, tuple[str, str]]:
+    """Model and task by the run's folder, where they are axes of the suite: two tables of one's own are two tasks."""
+    return {cell.folder: (cell.point.get("models", ""), cell.point.get("tasks", "")) for cell in suite.cells}
 
 
 def run_contribution(options: argparse.Namespace) -> int:
@@ -262,7 +289,8 @@ def run_contribution(options: argparse.Namespace) -> int:
     targets = targets_of(plan.num_blocks, options.blocks)
     suite = cells_for(config, targets, seeds, plan.num_blocks, folder)
     todo = cells_to_do(suite)
-    proxies = proxies_of(config, options.proxy_steps, folder, permissions) if options.proxy_steps else None
+    places = gpus_of(options.gpus)
+    proxies = proxies_of(config, options.proxy_steps, folder, passed_on(options), places[:1]) if options.proxy_steps else None
     failed = run_here(suite, todo, options)
     if failed:
         return exit_code(failed)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
+import subprocess
+import sys
+import tempfile
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,8 +19,10 @@ import torch
 
 from progscale.config import Config, config_hash, dump_config, load_config
 from progscale.contribution.result import Proxies
+from progscale.errors import ProgscaleError
 from progscale.inputs import Permissions
 from progscale.loop import seed_step
+from progscale.registry import import_plugin
 from progscale.session import Session
 from progscale.setup import prepare
 
@@ -25,8 +31,21 @@ log = logging.getLogger("progscale")
 Place = tuple[str, int]
 
 
-def proxies_of(config: Config, steps: int, folder: Path, permissions: Permissions) -> Proxies:
-    """Those that lie in the folder from before, where they are of the same run; else they are measured, and kept there."""
+def proxies_of(config: Config, steps: int, folder: Path, options: Sequence[str], gpus: Sequence[str]) -> Proxies:
+    """Those that lie in the folder from before, where they are of the same run; else they are measured, and kept there.
+
+    They are measured by a process of its own, which leaves the GPU when it ends.
+
+    Args:
+        config: of the run; one rank, no stages.
+        steps: optimizer steps.
+        folder: of the contribution.
+        options: further ones of train.
+        gpus: to use; none leaves them as they are.
+
+    Raises:
+        ProgscaleError: the process failed; it has said why.
+    """
     kept = folder / "proxies.json"
     key = f"{config_hash(config)}, {steps} steps"
     try:
@@ -37,10 +56,31 @@ def proxies_of(config: Config, steps: int, folder: Path, permissions: Permission
         pass
     except (ValueError, KeyError, TypeError):
         log.warning("%s is damaged: the proxies are measured anew", kept)
-    found = measure_proxies(config, steps, str(folder / "runs"), permissions)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps({"key": key, **asdict(found)}, indent=2) + "\n", encoding="utf-8")
-    return found
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="progscale-proxies-") as scratch:
+        request = Path(scratch) / "config.json"
+        request.write_text(json.dumps(dump_config(config)), encoding="utf-8")
+        command = [sys.executable, "-m", "progscale.contribution.proxies", str(request), str(steps), scratch, *options]
+        environment = dict(os.environ) | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
+        print(f"proxies: {steps} steps with every block trained", flush=True)
+        code = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False).returncode
+        if code != 0:
+            raise ProgscaleError(f"--proxy-steps: the {steps} steps ended with exit code {code}; --proxy-steps 0 leaves them out")
+        content = json.loads((Path(scratch) / "proxies.json").read_text(encoding="utf-8"))
+    kept.write_text(json.dumps({"key": key, **content}, indent=2) + "\n", encoding="utf-8")
+    return Proxies(content["steps"], content["gradient_norm"], content["weight_change"])
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The process that measures: config file, steps, folder, and options of train."""
+    request, steps, folder, *options = arguments
+    for flag, module in itertools.pairwise(options):
+        if flag == "--plugin":
+            import_plugin(module)
+    permissions = Permissions("--allow-pickle" in options, "--trust-remote-code" in options)
+    found = measure_proxies(load_config([request]), int(steps), folder, permissions)
+    (Path(folder) / "proxies.json").write_text(json.dumps(asdict(found)), encoding="utf-8")
+    return 0
 
 
 def measure_proxies(config: Config, steps: int, folder: str, permissions: Permissions) -> Proxies:
@@ -87,9 +127,14 @@ def look(session: Session) -> Proxies:
     gradients: dict[str, torch.Tensor] = {}
     sums: dict[Place, float] = defaultdict(float)
 
+    def scale() -> float:
+        # fp16 gradients are scaled while they are summed up.
+        state = engine.scaler_state()
+        return 1.0 if state is None else float(state["loss_scale"])
+
     def keep(name: str, parameter: Any) -> None:
         # What has been summed up over the micro-batches so far: the last call has the whole.
-        gradients[name] = parameter.grad.detach().float().square().sum()
+        gradients[name] = (parameter.grad.detach().float() / scale()).square().sum()
 
     handles = [
         engine.parameters[name].register_post_accumulate_grad_hook(lambda parameter, name=name: keep(name, parameter))
@@ -125,3 +170,7 @@ def by_place(values: Iterable[tuple[str, torch.Tensor]], places: dict[str, Place
     for name, value in values:
         found[places[name]] += float(value)
     return found
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from progscale.contribution.cells import ALL, NONE, Target
+from progscale.errors import ReportError
 from progscale.report.quantities import significant
 from progscale.report.record import RunRecord
 
@@ -144,6 +145,9 @@ def contribution_of(
     """From finished runs, by target's name."""
     first = next(iter(runs.values()))[0]
     metric = str(first.primary_metric)
+    for run in (run for found in runs.values() for run in found):
+        if run.metrics()[metric] is None:
+            raise ReportError(f"{run.path}: its {metric} is not a finite number; run it anew with another optimizer.lr")
     scores = {name: [float(run.metrics()[metric]) for run in found] for name, found in runs.items()}
     return Contribution(metric, bool(first.about["higher_is_better"]), num_blocks, targets, scores, proxies)
 

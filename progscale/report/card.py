@@ -171,7 +171,8 @@ def ledger(run: RunRecord) -> str:
     ]
     flops, plain, joules = total(run, "flops"), total(run, "baseline_flops"), total(run, "energy_joules")
     if flops is not None and plain:
-        lines.append(f"- operations: {quantity(flops, 'FLOP')}, {percent(flops / plain)} of plain fine-tuning's on the same rows")
+        share = percent(flops / plain)
+        lines.append(f"- operations: {quantity(flops, 'FLOP')}, {share} of the same method's without stages, on the same rows")
     if joules is not None:
         lines.append(f"- energy of the GPUs while training: {quantity(joules / 3600, 'Wh')}")
     return "\n".join(lines)

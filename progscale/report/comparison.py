@@ -17,11 +17,17 @@ from typing import Any, Literal
 
 from progscale.config import is_decisive
 from progscale.errors import ReportError, nearest
+from progscale.report.quantities import is_error
 from progscale.report.record import RunRecord
 
 Which = Literal["last", "best"]
 # An arm's name begins with these; the others are named where they differ.
 NAMED = ("method.name", "schedule.name")
+# In which an arm and its reference differ by what the one has and the other has not.
+OF_THE_SCHEDULE = frozenset(
+    f"schedule.{key}"
+    for key in ("name", "stages", "embeddings", "first_blocks", "starts", "block_weights", "frozen_mode", "options")
+) | {"cache.storage", "cache.dtype"}
 # Free to change in a run that goes on, but not for nothing.
 COSTLY = ("train.micro_batch_size", "train.gradient_checkpointing", "train.compile", "train.fused_optimizer", "model.attention")
 # What seconds and bytes hang on, whatever is trained.
@@ -38,7 +44,7 @@ class Cost:
         updated_parameters: measured, summed over epochs.
         baseline_updated_parameters: what the same method updates without stages.
         flops: operations as run; None where an earlier version did not count them.
-        baseline_flops: of plain fine-tuning on the same rows.
+        baseline_flops: of the same method without stages, on the same rows.
         peak_memory_bytes: of the stage that needs most.
         last_peak_memory_bytes: of the last stage.
         energy_joules: of all GPUs; None where they do not tell.
@@ -137,28 +143,39 @@ class Comparison:
     notes: tuple[str, ...] = field(default=())
 
 
-def find_runs(paths: Iterable[str | Path]) -> list[Path]:
+def find_runs(paths: Iterable[str | Path]) -> tuple[list[Path], list[Path]]:
     """Run folders: those named, and those that lie below a folder which is none itself.
+
+    Returns:
+        Runs to compare, and runs that were found and have not ended.
 
     Raises:
         ReportError: a path holds none.
     """
     found: dict[Path, None] = {}
+    unfinished: dict[Path, None] = {}
     for path in map(Path, paths):
         path = path.expanduser()
         if (path / "config.json").exists() or not path.is_dir():
-            here = [path]
-        else:
-            # What was moved aside ends in a number; checkpoints and models are no runs.
-            here = sorted(entry.parent for entry in path.rglob("config.json") if (entry.parent / "plan.json").exists())
-            if not here:
-                raise ReportError(f"'{path}' holds no run folder; give folders that progscale train wrote, e.g. runs/*")
-        found |= dict.fromkeys(here)
-    return list(found)
+            found[path] = None
+            continue
+        # Exported models have a config.json too.
+        here = sorted(entry.parent for entry in path.rglob("config.json") if (entry.parent / "plan.json").exists())
+        if not here:
+            raise ReportError(f"'{path}' holds no run folder; give folders that progscale train wrote, e.g. runs/*")
+        for run in here:
+            (found if (run / "summary.json").exists() else unfinished)[run] = None
+    return list(found), list(unfinished)
 
 
 def compare(
-    runs: Sequence[RunRecord], *, which: Which = "last", reference: str | None = None, metric: str | None = None
+    runs: Sequence[RunRecord],
+    *,
+    which: Which = "last",
+    reference: str | None = None,
+    metric: str | None = None,
+    labels: Mapping[Path, tuple[str, str]] | None = None,
+    strict: bool = True,
 ) -> Comparison:
     """Sets runs side by side.
 
@@ -168,29 +185,62 @@ def compare(
         reference: what the name of the arm begins with that others are measured against; by default the same method without
             stages (schedule none), else the first arm.
         metric: that is compared; by default the one that decides in these runs.
+        labels: model and task by the run's folder, where the caller knows better than the runs what belongs together; an empty
+            text leaves it to the run.
+        strict: refuse all where some cannot be compared; else these are left out, and a note says why.
 
     Raises:
         ReportError: they cannot be compared; the message has every reason.
     """
     if len(runs) < 2:
         raise ReportError(f"compare: {len(runs)} run; at least two are needed")
-    faults = [fault for run in runs for fault in faults_of(run, metric)]
-    if faults:
-        raise ReportError(reasons(faults))
+    left_out: list[str] = []
+
+    def refuse(faults: Sequence[str]) -> None:
+        if faults and strict:
+            raise ReportError(reasons(faults))
+        left_out.extend(f"Left out: {fault}." for fault in faults)
+
+    by_run = {run.path: faults_of(run, metric, which) for run in runs}
+    refuse([fault for faults in by_run.values() for fault in faults])
     by_task: dict[tuple[str, str], list[RunRecord]] = {}
     for run in runs:
-        by_task.setdefault((model_of(run), str(run.about["task"])), []).append(run)
-    faults = [fault for members in by_task.values() for fault in mismatches(members, metric)]
-    if faults:
-        raise ReportError(reasons(faults))
-    groups = [make_group(model, task, members, which, metric) for (model, task), members in by_task.items()]
-    names = {arm.name for group in groups for arm in group.arms}
-    if reference is not None and not any(name.startswith(reference) for name in names):
-        raise ReportError(
-            f"--reference '{reference}': no arm's name begins so; {', '.join(sorted(names))}" + nearest(reference, names)
-        )
+        if not by_run[run.path]:
+            model, task = (labels or {}).get(run.path, ("", ""))
+            key = (model or model_of(run), task or str(run.about["task"]))
+            by_task.setdefault(key, []).append(run)
+    by_group = {key: [*mismatches(members, metric), *same_runs(members)] for key, members in by_task.items()}
+    refuse([fault for faults in by_group.values() for fault in faults])
+    groups = [make_group(*key, members, which, metric) for key, members in by_task.items() if not by_group[key]]
+    if not groups:
+        raise ReportError(reasons([note.removeprefix("Left out: ") for note in left_out]))
+    check_reference(groups, reference)
     compared = with_holm([with_differences(group, reference) for group in groups])
-    return Comparison(tuple(compared), which, tuple(notes_of(compared)))
+    return Comparison(tuple(compared), which, (*left_out, *notes_of(compared)))
+
+
+def check_reference(groups: Sequence[Group], reference: str | None) -> None:
+    """Refuses a name that no arm has, or several.
+
+    Raises:
+        ReportError: naming the arms.
+    """
+    if reference is None:
+        return
+    names = dict.fromkeys(arm.name for group in groups for arm in group.arms)
+    if not any(fitting(group.arms, reference) for group in groups):
+        raise ReportError(f"--reference '{reference}': no arm's name begins so; {'; '.join(names)}{nearest(reference, names)}")
+    for group in groups:
+        several = fitting(group.arms, reference)
+        if len(several) > 1:
+            fit = "; ".join(arm.name for arm in several)
+            raise ReportError(f"--reference '{reference}' fits several arms of {group.task}: {fit}; give one whole")
+
+
+def fitting(arms: Sequence[Arm], reference: str) -> list[Arm]:
+    """Arms that a reference names: the one of that name, or all whose names begin so."""
+    exact = [arm for arm in arms if arm.name == reference]
+    return exact or [arm for arm in arms if arm.name.startswith(reference)]
 
 
 def reasons(faults: Sequence[str]) -> str:
@@ -200,7 +250,7 @@ def reasons(faults: Sequence[str]) -> str:
     return "these runs cannot be compared:\n" + "\n".join(f"  {fault}" for fault in faults[:most]) + more
 
 
-def faults_of(run: RunRecord, metric: str | None) -> list[str]:
+def faults_of(run: RunRecord, metric: str | None, which: Which) -> list[str]:
     """What a run alone lacks to be compared."""
     if run.summary is None:
         return [
@@ -213,7 +263,7 @@ def faults_of(run: RunRecord, metric: str | None) -> list[str]:
     if changed:
         return [f"{run.path}: {changed} frozen tensors changed, so it is not the run that its config describes"]
     wanted = metric or str(run.primary_metric)
-    scores = run.summary["metrics"]
+    scores = run.metrics(which)
     if wanted not in scores:
         return [f"{run.path}: it has no '{wanted}', only {', '.join(scores)}{nearest(wanted, scores)}"]
     if scores[wanted] is None:
@@ -227,8 +277,8 @@ def model_of(run: RunRecord) -> str:
     name = str(run.about["model"])
     parts = Path(name).parts
     is_folder = name.startswith((".", "/", "~")) or len(parts) > 2
-    # Many a model lies in a folder that is called so.
-    short = "/".join(parts[-2:] if parts[-1] in ("model", "checkpoint") else parts[-1:]) if is_folder else name
+    # Many a model lies in a folder "model" or "checkpoint-500".
+    short = "/".join(parts[-2:]) if is_folder else name
     extra = [key for key in ("random_weights", "overrides", "revision") if model.get(key)]
     return short + (f" ({', '.join(f'{key}={json.dumps(model[key])}' for key in extra)})" if extra else "")
 
@@ -267,27 +317,29 @@ def seed_of(run: RunRecord) -> int:
     return int(run.about["seed"])
 
 
-def make_group(model: str, task: str, runs: Sequence[RunRecord], which: Which, metric: str | None) -> Group:
-    """Runs of one model and task, by what differs between them.
+def same_runs(runs: Sequence[RunRecord]) -> list[str]:
+    """Runs that differ in nothing, the seed included."""
+    seen: dict[tuple[str, int], RunRecord] = {}
+    found = []
+    for run, name in zip(runs, arm_names(runs)[0], strict=True):
+        other = seen.setdefault((name, seed_of(run)), run)
+        if other is not run:
+            found.append(f"{other.path} and {run.path} are the same run (seed {seed_of(run)}): give one of them")
+    return found
 
-    Raises:
-        ReportError: two runs differ in nothing.
-    """
+
+def make_group(model: str, task: str, runs: Sequence[RunRecord], which: Which, metric: str | None) -> Group:
+    """Runs of one model and task, by what differs between them."""
     names, differing = arm_names(runs)
     arms: dict[str, dict[int, RunRecord]] = {}
     for run, name in zip(runs, names, strict=True):
-        seeds = arms.setdefault(name, {})
-        if seed_of(run) in seeds:
-            other = seeds[seed_of(run)]
-            raise ReportError(reasons([f"{other.path} and {run.path} are the same run (seed {seed_of(run)}): give one of them"]))
-        seeds[seed_of(run)] = run
+        arms.setdefault(name, {})[seed_of(run)] = run
     wanted = metric or str(runs[0].primary_metric)
-    lower = metric is not None and metric.startswith(("loss", "perplexity"))
     return Group(
         model,
         task,
         wanted,
-        bool(runs[0].about["higher_is_better"]) if metric in (None, runs[0].primary_metric) else not lower,
+        bool(runs[0].about["higher_is_better"]) if wanted == runs[0].primary_metric else not is_error(wanted),
         tuple(
             Arm(
                 name,
@@ -382,7 +434,9 @@ def with_differences(group: Group, reference: str | None) -> Group:
     """Each arm beside the one that it is measured against."""
     arms, notes = [], list(group.notes)
     for arm in group.arms:
-        other = reference_of(arm, group.arms, reference)
+        other, reason = reference_of(arm, group.arms, reference)
+        if reason:
+            notes.append(f"{arm.name}: {reason}.")
         machines = [machine_of(run) for one in filter(None, (arm, other)) for run in one.runs.values()]
         same = all(machine == machines[0] for machine in machines)
         if not same:
@@ -402,15 +456,30 @@ def with_differences(group: Group, reference: str | None) -> Group:
     return replace(group, arms=tuple(arms), notes=tuple(dict.fromkeys(notes)))
 
 
-def reference_of(arm: Arm, arms: Sequence[Arm], wanted: str | None) -> Arm | None:
-    """Which arm another one is measured against; None for the reference itself."""
+def reference_of(arm: Arm, arms: Sequence[Arm], wanted: str | None) -> tuple[Arm | None, str]:
+    """Which arm another one is measured against, and why none, where none is; none and no reason for a reference itself."""
     if wanted is not None:
-        chosen = next((other for other in arms if other.name.startswith(wanted)), None)
-    else:
-        method, schedules = arm.name.split(", ")[0], [other.name.split(", ") for other in arms]
-        plain = [other for other, parts in zip(arms, schedules, strict=True) if parts[1] == "none"]
-        chosen = next((other for other in plain if other.name.split(", ")[0] == method), None) or next(iter([*plain, *arms]))
-    return None if chosen is arm else chosen
+        chosen = fitting(arms, wanted)
+        if not chosen:
+            return None, f"no arm is called {wanted}, so there are no differences"
+        return (None, "") if chosen[0] is arm else (chosen[0], "")
+    plain = [other for other in arms if values_of(other)["schedule.name"] == "none"]
+    if not plain:
+        return (None, "") if arms[0] is arm else (arms[0], "")
+    if any(other is arm for other in plain):
+        return None, ""
+    own = [other for other in plain if values_of(other)["method.name"] == values_of(arm)["method.name"]] or plain
+    alike = [other for other in own if not differences([values_of(arm), values_of(other)]) - OF_THE_SCHEDULE]
+    chosen = alike if len(alike) == 1 else own
+    if len(chosen) == 1:
+        return chosen[0], ""
+    names = "; ".join(other.name for other in chosen)
+    return None, f"several arms without stages could be its reference ({names}): choose one with --reference"
+
+
+def values_of(arm: Arm) -> dict[str, Any]:
+    """Of the options of an arm, the same in all of its runs."""
+    return decisive(next(iter(arm.runs.values())))
 
 
 def machine_of(run: RunRecord) -> dict[str, Any]:
@@ -434,8 +503,8 @@ def difference(arm: Arm, other: Arm, seeds: tuple[int, ...], same_machine: bool)
     return Difference(other.name, seeds, mean, low, high, p, None, ratio)
 
 
-def paired_test(differences: Sequence[float]) -> tuple[float, float, float]:
-    """The 95 % confidence interval of the mean, and p of Student's t-test that it is 0.
+def paired_test(differences: Sequence[float]) -> tuple[float, float, float | None]:
+    """The 95 % confidence interval of the mean, and p of Student's t-test that it is 0; None where all are alike and not 0.
 
     Args:
         differences: at least two.
@@ -443,8 +512,9 @@ def paired_test(differences: Sequence[float]) -> tuple[float, float, float]:
     from scipy import stats
 
     mean, error = statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
-    if error == 0:
-        return mean, mean, 1.0 if mean == 0 else 0.0
+    # Differences that are all alike, but for rounding, have no spread by which chance could be judged.
+    if error <= 1e-9 * max(1e-12, max(map(abs, differences))):
+        return mean, mean, 1.0 if mean == 0 else None
     half = float(stats.t.ppf(0.975, len(differences) - 1)) * error
     return mean - half, mean + half, float(stats.ttest_1samp(differences, 0.0).pvalue)
 

@@ -50,3 +50,12 @@ def seconds_text(value: float | None) -> str:
 def percent(value: float | None, digits: int = 1) -> str:
     """A share as percent."""
     return "–" if value is None or not math.isfinite(value) else f"{100 * value:.{digits}f} %"
+
+
+# Metrics of which less is better, with or without the name of a split behind.
+ERRORS = ("loss", "perplexity", "mse", "mae", "rmse", "error")
+
+
+def is_error(metric: str) -> bool:
+    """Whether less of a metric is better."""
+    return metric.startswith(ERRORS)

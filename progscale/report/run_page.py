@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from progscale.errors import ReportError
 from progscale.report import figures
 from progscale.report.figures import Figure
 from progscale.report.page import Page, Table, Tile, render_page
-from progscale.report.quantities import percent, quantity, seconds_text, significant
+from progscale.report.quantities import is_error, percent, quantity, seconds_text, significant
 from progscale.report.record import RunRecord, read_run
 
 FILE = "report.html"
@@ -31,14 +32,25 @@ def write_report(folder: Path, target: Path | None = None) -> Path:
         OSError: the file cannot be written.
     """
     path = folder / FILE if target is None else target
+    write_page(path, render_run(read_run(folder)))
+    return path
+
+
+def write_page(path: Path, content: str) -> None:
+    """Writes a file whole or not at all; halves of characters, which names of files may have, as escapes.
+
+    Raises:
+        ReportError: the path names no file.
+        OSError: the file cannot be written.
+    """
+    if not path.name or path.is_dir():
+        raise ReportError(f"'{path}' is a folder; name a file in it with --output")
     partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(render_run(read_run(folder)), encoding="utf-8")
+        partial.write_text(content.rstrip("\n") + "\n", encoding="utf-8", errors="backslashreplace")
         partial.replace(path)
-    except OSError:
+    finally:
         partial.unlink(missing_ok=True)
-        raise
-    return path
 
 
 def render_run(run: RunRecord) -> str:
@@ -104,7 +116,7 @@ def tiles(run: RunRecord) -> list[Tile]:
         )
         flops, baseline = total(run, "flops"), total(run, "baseline_flops")
         if flops is not None and baseline:
-            note = f"{percent(flops / baseline)} of plain fine-tuning's"
+            note = f"{percent(flops / baseline)} of the same method's without stages"
             found.append(Tile("operations", quantity(flops, "FLOP"), note))
     else:
         share = 1 - plan["share"]
@@ -215,12 +227,12 @@ def score_curves(run: RunRecord) -> list[Figure]:
     found = {key: points(run.evaluations, key) for key in keys}
     found = {key: values for key, values in found.items() if values}
     # Scores between -1 and 1, and those in percent or counts, need axes of their own.
-    small = {key: values for key, values in found.items() if all(abs(y) <= 1 for _, y in values)}
+    small = {key: values for key, values in found.items() if all(abs(y) <= 1 for _, y in values) and not is_error(key)}
     large = {key: values for key, values in found.items() if key not in small}
     result = []
     for name, title, label, series in (
         ("scores", "Scores", "score (1 is perfect)", small),
-        ("scores-large", "Scores in percent or counts", "score (as the task gives it)", large),
+        ("scores-large", "Scores on other scales", "score (as the task gives it)", large),
     ):
         if series:
             ordered = dict(sorted(series.items(), key=lambda item: item[0] != run.primary_metric))
@@ -291,7 +303,7 @@ def updated_volume(run: RunRecord) -> Figure:
 
 
 def operations(run: RunRecord) -> Figure | None:
-    """Planned, as run, and what plain fine-tuning would have taken for the same rows."""
+    """Planned, as run, and what the same method would have taken for the same rows without stages."""
     stages = [stage for stage in run.stages if stage.get("flops") is not None]
     if not stages:
         return None
@@ -310,7 +322,7 @@ def operations(run: RunRecord) -> Figure | None:
         series={
             "planned": [stage["planned_flops"] / 1e12 for stage in stages],
             "as run": [stage["flops"] / 1e12 for stage in stages],
-            "plain fine-tuning, same rows": [stage["baseline_flops"] / 1e12 for stage in stages],
+            "without stages, same rows": [stage["baseline_flops"] / 1e12 for stage in stages],
         },
         note=note,
     )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 HEADINGS = (
-    *("model", "task", "arm", "seeds", "score", "difference", "p", "p (Holm)", "updated", "of none's", "FLOP of plain"),
+    *("model", "task", "arm", "seeds", "score", "difference", "p", "p (Holm)", "updated", "of none's", "FLOP of none's"),
     *("train", "time ratio", "peak memory", "energy"),
 )
 # That tell nothing where no arm has them.

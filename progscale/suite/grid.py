@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ class SuiteFile(BaseModel):
         tasks: the same.
         methods: the same.
         schedules: the same.
-        seeds: of the runs.
+        seeds: of the runs; by default 42.
         files: instead of the four: patterns of config files, each of which is a run (times the seeds).
         leave_out: combinations that are not run, e.g. {"tasks": "cola", "schedules": "growing"}.
         compare: how the runs are set side by side.
@@ -133,6 +134,10 @@ def read_suite(path: str | Path, sets: Sequence[str] = (), folder: str | Path | 
     """
     path = Path(path)
     content = read_file(path)
+    taken = {"run.seed": "seeds", "run.name": "the axes' names", "run.output_dir": "--output"}
+    given = [*content.set, *(text.partition("=")[0] for text in sets)]
+    if wrong := [key for key in given if key in taken]:
+        raise ConfigError([Fault(key, f"a suite gives it to its runs itself: by {taken[key]}") for key in dict.fromkeys(wrong)])
     target = Path(folder) if folder is not None else Path(FOLDER) / path.stem
     points = points_of(content, path)
     overrides = [*(f"{key}={json.dumps(value)}" for key, value in content.set.items()), *sets]
@@ -150,6 +155,9 @@ def read_suite(path: str | Path, sets: Sequence[str] = (), folder: str | Path | 
                 faults.setdefault(shown, []).append(name)
             continue
         cells.append(Cell(name, {**point, "seed": str(seed)}, config, target / "configs" / f"{name}.json"))
+    for name, count in Counter(cell.name for cell in cells).items():
+        if count > 1:
+            faults.setdefault(Fault("", f"{count} runs would be called '{name}' (in {path}): give them other names"), [])
     if faults:
         raise ConfigError([told(fault, names, len(points) * len(content.seeds)) for fault, names in faults.items()])
     return Suite(path.stem, target, content.description, tuple(cells), content.compare)
@@ -157,7 +165,7 @@ def read_suite(path: str | Path, sets: Sequence[str] = (), folder: str | Path | 
 
 def told(fault: Fault, names: Sequence[str], runs: int) -> Fault:
     """A fault with the runs that have it, where not all have."""
-    if len(names) == runs:
+    if len(names) in (0, runs):
         return fault
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return Fault(fault.key, f"{fault.message} (in {', '.join(names[:3])}{more})")
@@ -225,11 +233,17 @@ def points_of(content: SuiteFile, path: Path) -> list[tuple[dict[str, str], list
     base = [str(path.parent / name) for name in content.include]
     found: list[tuple[dict[str, str], list[Any]]] = []
     if content.files:
+        seen: set[str] = set()
         for pattern in content.files:
-            files = sorted(path.parent.glob(pattern))
+            try:
+                files = sorted(path.parent.glob(pattern))
+            except (ValueError, NotImplementedError) as error:
+                raise ConfigError(Fault("files", f"'{pattern}' is no pattern of files relative to {path} ({error})")) from error
             if not files:
                 raise ConfigError(Fault("files", f"'{pattern}' fits no file below {path.parent} (in {path})"))
-            found += [({"files": file.stem}, [*base, str(file)]) for file in files]
+            # Two patterns may fit a file, which is one run all the same.
+            found += [({"files": file.stem}, [*base, str(file)]) for file in files if str(file) not in seen]
+            seen |= set(map(str, files))
         return check_count(found, content, path)
     axes = [axis for axis in AXES if getattr(content, axis)]
     for names in itertools.product(*(getattr(content, axis) for axis in axes)):

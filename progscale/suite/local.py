@@ -33,6 +33,7 @@ class Worker:
 
     Attributes:
         gpus: that it has, as CUDA_VISIBLE_DEVICES has them; None leaves them as they are.
+        cores: that it may use; None for all.
         cell: at work.
         process: of it.
         log: what it prints.
@@ -40,6 +41,7 @@ class Worker:
     """
 
     gpus: str | None
+    cores: frozenset[int] | None = None
     cell: Cell | None = None
     process: subprocess.Popen[bytes] | None = None
     log: IO[bytes] | None = None
@@ -65,10 +67,18 @@ def places(workers: int, gpus: Sequence[str], processes: int) -> list[Worker]:
         UserError: fewer GPUs than a run has processes.
     """
     if not gpus:
-        return [Worker(None) for _ in range(workers)]
+        return [Worker(None, cores) for cores in shares_of_cores(workers)]
     if len(gpus) < processes:
-        raise UserError(f"--gpus: {len(gpus)} for runs of {processes} processes each; give one for each process")
+        raise UserError(f"--gpus: {len(gpus)} GPUs for runs of {processes} processes each; give one for each process")
     return [Worker(",".join(gpus[start : start + processes])) for start in range(0, len(gpus) - processes + 1, processes)]
+
+
+def shares_of_cores(workers: int) -> list[frozenset[int] | None]:
+    """As many cores for each, so that runs side by side do not take turns on them; None where there is no need or no way."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if workers == 1 or len(cores) < workers:
+        return [None] * workers
+    return [frozenset(cores[len(cores) * place // workers : len(cores) * (place + 1) // workers]) for place in range(workers)]
 
 
 def command_of(cell: Cell, processes: int, extra: Sequence[str]) -> list[str]:
@@ -147,6 +157,9 @@ def begin(worker: Worker, cell: Cell, logs: Path, processes: int, extra: Sequenc
     worker.process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
     )
+    if worker.cores is not None:
+        # Before it has begun to count the cores, which takes it seconds of importing.
+        os.sched_setaffinity(worker.process.pid, worker.cores)
     print(f"begun: {cell.name}" + (f" on GPU {worker.gpus}" if worker.gpus else ""), flush=True)
 
 

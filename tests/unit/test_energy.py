@@ -43,3 +43,22 @@ def test_what_is_drawn_between_start_and_stop(monkeypatch: pytest.MonkeyPatch) -
     meter.start()
     meter.stop()
     assert (meter.tells, meter.joules, driver.asked) == (True, 3.5, ["GPU-12ab"])
+
+
+def test_a_driver_that_fails_on_the_way_costs_the_figure_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="12ab"))
+
+    class Lost(Driver):
+        NVMLError = LookupError
+
+        def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:
+            if len(self.readings) == 1:
+                raise LookupError("GPU is lost")
+            return super().nvmlDeviceGetTotalEnergyConsumption(handle)
+
+    meter = EnergyMeter(torch.device("cuda", 0), Lost([1000, 2000]))
+    meter.start()
+    meter.stop()
+    assert meter.tells is False
+    meter.start()
+    meter.stop()

@@ -210,8 +210,10 @@ def test_a_run_that_goes_on_is_the_same_run_there() -> None:
     assert start("mlflow", config, Path("f"), None, 0) == {"run_name": "x"}
     assert start("mlflow", config, Path("f"), "id1", 10) == {"run_id": "id1"}
     assert start("tensorboard", config, Path("f"), None, 10) == {"purge_step": 11}
+    assert start("wandb", config, Path("f"), None, 0) == {"name": "x", "dir": "f"}
     assert start("wandb", config, Path("f"), "id2", 10) == {"name": "x", "resume": "allow", "dir": "f", "id": "id2"}
-    assert start("trackio", config, Path("f"), None, 10) == {"name": "x", "resume": "allow"}
+    assert start("trackio", config, Path("f"), None, 0) == {"name": "x", "resume": "never"}
+    assert start("trackio", config, Path("f"), "x-1", 10) == {"name": "x-1", "resume": "allow"}
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", None])
@@ -219,3 +221,24 @@ def test_names_that_cannot_be_read_are_new_ones(tmp_path: Path, content: str | N
     if content is not None:
         (tmp_path / "trackers.json").write_text(content)
     assert tracking.read_names(tmp_path) == {}
+
+
+def test_a_service_that_cannot_be_reached_keeps_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "trackers.json").write_text('{"mlflow": "id1"}')
+    service = Service(start=raising(ConnectionError("refused")))
+    monkeypatch.setattr(tracking, "make_tracker", lambda *args: service)
+    resumed = Tracking(load_config([], ['trackers.names=["mlflow"]']), tmp_path, 5)
+    assert len(resumed.close()) == 1
+    assert json.loads((tmp_path / "trackers.json").read_text()) == {"mlflow": "id1"}
+
+
+def test_a_run_that_goes_on_has_its_options_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow takes a run's options once; those that changed since would end the tracker."""
+    (tmp_path / "trackers.json").write_text('{"tensorboard": "id1"}')
+    service = Service()
+    monkeypatch.setattr(tracking, "make_tracker", lambda *args: service)
+    resumed = Tracking(load_config([], ['trackers.names=["tensorboard"]']), tmp_path, 5)
+    resumed.record("step", {"step": 6, "stage": 1, "loss": 0.5})
+    assert resumed.close() == []
+    assert not hasattr(service, "options")
+    assert len(service.told) == 1

@@ -53,7 +53,9 @@ def test_means_and_the_paired_test(tmp_path: Path) -> None:
 
 def test_equal_differences_need_no_test() -> None:
     assert paired_test([0.0, 0.0]) == (0.0, 0.0, 1.0)
-    assert paired_test([0.5, 0.5]) == (0.5, 0.5, 0.0)
+    # Two seeds that gain one row of a hundred each: no spread, so nothing by which chance could be judged.
+    assert paired_test([0.81 - 0.80, 0.82 - 0.81])[2] is None
+    assert paired_test([0.5, 0.5]) == (0.5, 0.5, None)
 
 
 def test_holm() -> None:
@@ -202,17 +204,78 @@ def test_another_metric_and_reference(tmp_path: Path) -> None:
     assert compared(paths, which="best").groups[0].arms[0].mean == pytest.approx(0.9)
     with pytest.raises(ReportError, match="has no 'acuracy', only accuracy, f1, loss; did you mean 'accuracy'"):
         compared(paths, metric="acuracy")
-    with pytest.raises(ReportError, match="--reference 'lora': no arm's name begins so; full, none, full, progtuning"):
+    with pytest.raises(ReportError, match="--reference 'lora': no arm's name begins so; full, none; full, progtuning"):
         compared(paths, reference="lora")
     with pytest.raises(ReportError, match="at least two are needed"):
         compared(paths[:1])
+
+
+def test_a_reference_has_the_same_options(tmp_path: Path) -> None:
+    """Of several arms without stages each other arm takes the one that differs from it in the schedule alone."""
+    curves = ("linear", "cosine")
+    paths = [
+        write_run(tmp_path / f"{name}-{curve}", schedule=name, sets=[f"optimizer.lr_schedule={curve}"])
+        for name in ("none", "progtuning")
+        for curve in curves
+    ]
+    arms = {arm.name: arm for arm in compared(paths).groups[0].arms}
+    for curve in curves:
+        against = arms[f"full, progtuning, lr_schedule={curve}"].against
+        assert against is not None
+        assert against.reference == f"full, none, lr_schedule={curve}"
+        assert arms[f"full, none, lr_schedule={curve}"].against is None
+    paths.append(write_run(tmp_path / "odd", sets=["optimizer.lr_schedule=constant"]))
+    group = compared(paths).groups[0]
+    assert group.arms[-1].against is None
+    assert any("several arms without stages could be its reference" in note for note in group.notes)
+    with pytest.raises(
+        ReportError, match="--reference 'full, none' fits several arms of mrpc: full, none, lr_schedule=linear; full"
+    ):
+        compared(paths, reference="full, none")
+
+
+@pytest.mark.parametrize(("metric", "is_higher"), [("mse", False), ("mae", False), ("loss_mismatched", False), ("f1", True)])
+def test_which_way_is_up(tmp_path: Path, metric: str, is_higher: bool) -> None:
+    paths = runs_in(tmp_path)
+    for number, path in enumerate(paths):
+        summary = json.loads((path / "summary.json").read_text())
+        summary["metrics"][metric] = number / 10
+        (path / "summary.json").write_text(json.dumps(summary))
+    assert compared(paths, metric=metric).groups[0].higher_is_better is is_higher
+
+
+def test_a_suite_leaves_out_what_cannot_be_compared(tmp_path: Path) -> None:
+    paths = [*runs_in(tmp_path / "a"), write_run(tmp_path / "nan", seed=9, score=None)]
+    paths += runs_in(tmp_path / "b", about={"data": {**DATA, "train": {"rows": 7, "content": "z"}}})
+    labels = {path: ("", "first" if "/a/" in str(path) else "second") for path in paths}
+    found = compared(paths, labels=labels, strict=False)
+    assert [group.task for group in found.groups] == ["first", "second"]
+    assert "Left out: " in found.notes[0]
+    assert "its accuracy is not a finite number" in found.notes[0]
+
+
+def test_a_best_score_that_is_none(tmp_path: Path) -> None:
+    paths = runs_in(tmp_path)
+    summary = json.loads((paths[0] / "summary.json").read_text())
+    summary["best_metrics"]["f1"] = None
+    (paths[0] / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(ReportError, match="its f1 is not a finite number"):
+        compared(paths, which="best", metric="f1")
+
+
+def test_folders_of_models_with_one_name(tmp_path: Path) -> None:
+    paths = runs_in(tmp_path / "a", about={"model": "/m/x/checkpoint-500"})
+    paths += runs_in(tmp_path / "b", about={"model": "/m/y/checkpoint-500"})
+    assert [group.model for group in compared(paths).groups] == ["x/checkpoint-500", "y/checkpoint-500"]
 
 
 def test_folders_of_runs(tmp_path: Path) -> None:
     paths = runs_in(tmp_path / "deep" / "er")
     (tmp_path / "deep" / "er" / "none-1" / "model").mkdir()
     (tmp_path / "deep" / "er" / "none-1" / "model" / "config.json").write_text("{}")
-    assert find_runs([tmp_path, paths[0]]) == sorted(paths)
+    write_run(tmp_path / "deep" / "cut", finished=False)
+    assert find_runs([tmp_path, paths[0]]) == (sorted(paths), [tmp_path / "deep" / "cut"])
+    assert find_runs([tmp_path / "deep" / "cut"]) == ([tmp_path / "deep" / "cut"], [])
     (tmp_path / "empty").mkdir()
     with pytest.raises(ReportError, match="holds no run folder"):
         find_runs([tmp_path / "empty"])

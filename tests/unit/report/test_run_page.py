@@ -142,5 +142,20 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert (tmp_path / "b.html").read_text() == (folder / "report.html").read_text()
     assert main(["report", str(folder), "--output", str(tmp_path / "no" / "b.html")]) == 2
     assert "cannot be written (No such file or directory); choose another with --output" in capsys.readouterr().err
+    assert main(["report", str(folder), "--output", str(tmp_path)]) == 2
+    assert "is a folder; name a file in it with --output" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "none")]) == 2
     assert "is no folder" in capsys.readouterr().err
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    """A path that is not UTF-8 comes as halves of characters, which no file of text can have."""
+    path = write_report(write_run(tmp_path / "a", about={"command": "progscale train --config d\udce9.json"}))
+    assert "d\\udce9.json" in path.read_text()
+    assert list(tmp_path.glob("a/*.partial")) == []
+
+
+def test_errors_are_not_drawn_as_scores(tmp_path: Path) -> None:
+    records = [{"kind": "evaluation", "step": 30, "accuracy": 0.8, "mse": 0.25}]
+    found = figures_in(render_run(read_run(write_run(tmp_path / "a", records=records))))
+    assert [series["name"] for series in found["scores-large"]["series"]] == ["mse"]

@@ -113,6 +113,10 @@ def test_the_shipped_suites_can_be_read(path: Path) -> None:
             r"did you mean 'progtuning'.*\(in a-s1, a-s2\)",
         ),
         ({"include": ["nowhere.json"]}, "nowhere.json"),
+        ({"files": ["/x/*.json"]}, "is no pattern of files relative to"),
+        ({"files": [""]}, "is no pattern of files"),
+        ({"set": {"run.seed": 3}}, "run.seed: a suite gives it to its runs itself: by seeds"),
+        ({"tasks": {"a/b": {}, "a b": {}}}, "2 runs would be called 'a-b-s42'"),
     ],
 )
 def test_mistakes(tmp_path: Path, content: dict[str, Any], says: str) -> None:
@@ -151,3 +155,14 @@ def test_a_damaged_folder_is_no_run_of_ours(tmp_path: Path, content: str) -> Non
     cell.folder.mkdir(parents=True)
     (cell.folder / "config.json").write_text(content)
     assert state_of(cell) == "other"
+
+
+def test_a_file_that_two_patterns_fit_is_one_run(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("{}")
+    assert [cell.name for cell in read(tmp_path, files=["x.json", "?.json"]).cells] == ["x-s42"]
+
+
+@pytest.mark.parametrize("text", ["run.name=x", "run.output_dir=x", "run.seed=4"])
+def test_what_a_suite_gives_its_runs_itself(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match="a suite gives it to its runs itself"):
+        read(tmp_path, text)

@@ -96,8 +96,13 @@ def test_told_to_stop_the_runs_are_told_and_waited_for(programs: Path, tmp_path:
 
 def test_places() -> None:
     assert [worker.gpus for worker in places(3, [], 1)] == [None] * 3
+    shares = [worker.cores for worker in places(2, [], 1)]
+    if os.cpu_count() and len(os.sched_getaffinity(0)) > 1:
+        assert shares[0] and shares[1]
+        assert not shares[0] & shares[1]
+    assert [worker.cores for worker in places(1, [], 1)] == [None]
     assert [worker.gpus for worker in places(1, ["4", "5", "6"], 2)] == ["4,5"]
-    with pytest.raises(UserError, match="--gpus: 1 for runs of 2 processes"):
+    with pytest.raises(UserError, match="--gpus: 1 GPUs for runs of 2 processes"):
         places(1, ["0"], 2)
 
 
@@ -184,4 +189,20 @@ def test_another_config_in_the_way(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(("option", "says"), [("--workers", "--workers: 0"), ("--processes", "--processes: 0")])
 def test_no_number(tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, says: str) -> None:
     assert main(["suite", "x.json", option, "0"]) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--workers", "2"], "--workers: for runs on this machine; with --slurm give --gpus-per-node"),
+        (["--gpus", "0"], "--gpus: for runs on this machine"),
+        (["--output", "my runs"], "--output: 'my runs' has a space"),
+    ],
+)
+def test_what_is_for_this_machine_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], says: str
+) -> None:
+    (tmp_path / "x.json").write_text("{}")
+    assert main(["suite", str(tmp_path / "x.json"), "--slurm", *options]) == 2
     assert says in capsys.readouterr().err
