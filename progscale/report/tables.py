@@ -53,8 +53,8 @@ def difference_text(against: Difference | None) -> str:
     """Mean and the 95 % confidence interval."""
     if against is None:
         return "–"
-    interval = "" if against.low is None or against.high is None else f" [{signed(against.low)}, {signed(against.high)}]"
-    return f"{signed(against.mean)}{interval}"
+    half = "" if against.high is None else f" ± {significant(against.high - against.mean, 2)}"
+    return f"{signed(against.mean)}{half}"
 
 
 def signed(value: float) -> str:
@@ -84,35 +84,40 @@ def notes(comparison: Comparison) -> list[str]:
     )
     text = f"Scores {what}, mean ± standard deviation over seeds."
     if references:
-        text += (
-            f" Difference and time ratio: beside {', or '.join(references)}, paired by seed, with the 95 % confidence interval."
-        )
+        text += f" Difference and time ratio: beside {', or '.join(references)}, paired by seed, ± half of the 95 % confidence interval."
     return [text, *comparison.notes, *of_groups]
 
 
 def as_text(comparison: Comparison) -> RenderableType:
-    """For the terminal: a table for each task, as wide tables are hard to read there."""
+    """For the terminal: a table for each task, in which a number stands for each arm, whose names are long."""
     from rich import box
     from rich.console import Group as Lines
     from rich.table import Table
     from rich.text import Text
 
     headings, rows = rows_of(comparison)
-    left_out = ("model", "task", "updated", "p" if "p (Holm)" in headings else "p (Holm)")
+    left_out = ("model", "task", "arm", "updated", "p" if "p (Holm)" in headings else "p (Holm)")
     shown = [index for index, heading in enumerate(headings) if heading not in left_out]
     found: list[RenderableType] = []
+    names = {arm.name: str(number) for number, arm in enumerate(arms_of(comparison), start=1)}
     for group in comparison.groups:
         table = Table(title=f"{group.task} ({group.metric}), {group.model}", title_justify="left", box=box.SIMPLE_HEAD)
+        table.add_column("arm", justify="right")
         for index in shown:
-            is_name = headings[index] == "arm"
             # Headings may break into lines, figures must not.
-            width = None if is_name else max(len(row[index]) for row in rows)
-            table.add_column(headings[index], justify="left" if is_name else "right", min_width=width, overflow="fold")
-        for row in rows:
-            if row[:2] == cells(group, group.arms[0])[:2]:
-                table.add_row(*(Text(row[index]) for index in shown))
+            table.add_column(headings[index], justify="right", min_width=max(len(row[index]) for row in rows), overflow="fold")
+        own = [row for row in rows if row[:2] == cells(group, group.arms[0])[:2]]
+        for arm, row in zip(group.arms, own, strict=True):
+            reference = "" if arm.against is None else f" − {names[arm.against.reference]}"
+            table.add_row(names[arm.name] + reference, *(Text(row[index]) for index in shown))
         found.append(table)
-    return Lines(*found, *map(Text, notes(comparison)))
+    legend = [Text(f"{number:>3}  {name}") for name, number in names.items()]
+    return Lines(*found, Text("arms"), *legend, Text(""), *map(Text, notes(comparison)))
+
+
+def arms_of(comparison: Comparison) -> list[Arm]:
+    """One of each name, in the order of the tables."""
+    return list({arm.name: arm for group in comparison.groups for arm in group.arms}.values())
 
 
 def as_markdown(comparison: Comparison) -> str:

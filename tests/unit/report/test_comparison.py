@@ -287,7 +287,7 @@ def test_tables(tmp_path: Path) -> None:
     assert markdown[0].startswith("| model | task | arm | seeds | score | difference | p |")
     assert all(line.count("|") == markdown[0].count("|") for line in markdown[:4])
     assert "full, progtuning" in markdown[3]
-    assert "+0.033 [-0.0046, +0.071]" in markdown[3]
+    assert "+0.033 ± 0.038" in markdown[3]
     csv = FORMATS["csv"](comparison).splitlines()
     assert csv[0].startswith("model,task,metric,arm,seed,score,train_seconds")
     assert len(csv) == 7
