@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -67,10 +69,13 @@ class AdoptedLocalEngine(LocalEngine):
         # DDP's is made anew.
         self._kept = self._model if self.world_size == 1 else None
         if self.world_size > 1:
-            # Takes Accelerate's autocast off the forward, which the next stage puts on again.
-            self.accelerator.unwrap_model(self._model, keep_fp32_wrapper=False)
+            take_off_autocast(self.module)
         self.prepared = None
         super()._release()
+
+    def _forget_prepared(self) -> None:
+        with keeping(self.accelerator):
+            super()._forget_prepared()
 
 
 class AdoptedDeepSpeedEngine(DeepSpeedEngine):
@@ -93,9 +98,55 @@ class AdoptedDeepSpeedEngine(DeepSpeedEngine):
     def adopt(self, build: StageBuild, model: Any, optimizer: Any) -> None:
         """Takes over a stage that the loop has prepared itself."""
         self.build, self._engine, self.prepared = build, model, optimizer
+        save_whole(self._engine)
+
+    def _build(self, build: StageBuild) -> None:
+        super()._build(build)
+        save_whole(self._engine)
+
+    def _forget_prepared(self) -> None:
+        with keeping(self.accelerator):
+            super()._forget_prepared()
 
     def _write_config(self) -> None:
         """It is the loop's, and the same in all stages."""
+
+
+@contextlib.contextmanager
+def keeping(accelerator: Any) -> Iterator[None]:
+    """Model and optimizer are made anew; data, schedulers and the count of micro-batches are the loop's, and stay."""
+    schedulers, loaders, step = list(accelerator._schedulers), list(accelerator._dataloaders), accelerator.step
+    yield
+    accelerator._schedulers[:], accelerator._dataloaders[:], accelerator.step = schedulers, loaders, step
+
+
+def take_off_autocast(module: torch.nn.Module) -> None:
+    """Gives a module its own forward back, which the next stage's preparation wraps in autocast again.
+
+    Accelerate's own way takes off whatever decorates the forward, that of transformers' models too.
+    """
+    original = module.__dict__.pop("_original_forward", None)
+    if original is None:
+        return
+    is_the_class_own = getattr(original, "__self__", None) is module and "forward" in module.__dict__
+    if is_the_class_own and getattr(original, "__func__", None) is type(module).forward:
+        del module.forward
+    else:
+        module.forward = original
+
+
+def save_whole(engine: Any) -> None:
+    """Has a DeepSpeed engine save what is frozen in its stage too, whoever asks it to leave that out.
+
+    transformers leaves frozen parameters of PEFT models out of checkpoints and exports, where this method has an argument for it.
+    What an earlier stage has trained is frozen in a later one, and would be lost.
+    """
+    save = engine.save_checkpoint
+
+    def save_checkpoint(save_dir: Any, tag: Any = None, client_state: Any = None, save_latest: bool = True) -> Any:
+        return save(save_dir, tag, client_state or {}, save_latest)
+
+    engine.save_checkpoint = save_checkpoint
 
 
 def adopt(module: torch.nn.Module, settings: EngineSettings, accelerator: Any) -> AdoptedLocalEngine | AdoptedDeepSpeedEngine:
@@ -137,5 +188,12 @@ def check_deepspeed(accelerator: Any) -> None:
             raise UserError(
                 "DeepSpeed config: zero_force_ds_cpu_optimizer puts another optimizer in the place of yours; set it to false"
             )
+        if float(zero["offload_optimizer"].get("ratio", 1)) < 1:
+            raise UserError("DeepSpeed config: offload_optimizer.ratio below 1 has no stage switch here; remove it")
         config["zero_force_ds_cpu_optimizer"] = False
+    if int(zero["stage"]) == 1 and str((config.get("data_types") or {}).get("grad_accum_dtype")) in ("fp32", "float32"):
+        raise UserError(
+            "DeepSpeed config: data_types.grad_accum_dtype fp32 at ZeRO-1 is another optimizer, which has no stage switch; take "
+            "ZeRO-2"
+        )
     config["zero_allow_untested_optimizer"] = True

@@ -23,7 +23,7 @@ import torch
 from progscale.engine.adopted import check_deepspeed
 from progscale.engine.base import EngineSettings
 from progscale.errors import UserError
-from progscale.integrations.stages import StageOutcome, Stages
+from progscale.integrations.stages import Following, StageOutcome, Stages
 from progscale.optimizers import OPTIMIZERS, Request
 from progscale.schedule import EmbeddingsPolicy
 
@@ -53,8 +53,8 @@ class Progressive:
         steps_done: where a resumed loop goes on; call `accelerator.load_state` after this is made.
 
     Attributes:
-        model: as prepared for the stage.
-        optimizer: the same.
+        model: stands for the model as prepared for the stage at work, whichever that is; the same object in all of them.
+        optimizer: the same for the optimizer.
 
     Raises:
         UserError: the Accelerator prepares models in a way that no stage switch supports here.
@@ -105,7 +105,12 @@ class Progressive:
             weight_decay=weight_decay,
         )
         build = self._stages.resumed_at(steps_done)
-        self.model, self.optimizer = accelerator.prepare(model, self._stages.first_optimizer(build))
+        first = self._stages.first_optimizer(build)
+        for group in first.param_groups:
+            group["lr"] = lr
+        made_model, made_optimizer = accelerator.prepare(model, first)
+        self._accelerator = accelerator
+        self.model, self.optimizer = Following(made_model), Following(made_optimizer)
         self._pending: tuple[Any, Any, int] | None = (build, accelerator, steps_done)
 
     @property
@@ -116,21 +121,30 @@ class Progressive:
     def at(self, step: int, lr: float | None = None) -> tuple[Any, Any]:
         """Model and optimizer for optimizer step `step` (0-based), switched where a stage begins there. A collective.
 
+        With gradient accumulation it comes before `accelerator.accumulate`, and takes the same step for all micro-batches.
+
         Args:
             step: of the whole run; the same for all micro-batches of a step.
             lr: learning rate of the step.
 
         Raises:
             AuditError: a frozen tensor has changed.
+            UserError: Accelerate has prepared a scheduler.
         """
         self._adopt()
+        if self._accelerator._schedulers:
+            raise UserError(
+                "Progressive: a scheduler that Accelerate has prepared would set the rate of an optimizer that is gone; give "
+                "at(step, lr=…) instead"
+            )
         build = self._stages.due(step)
         if build is not None:
-            self.model = self.optimizer = None
-            self._stages.switch(build, step, self._log)
+            self._stages.end_stage(step, self._log)
+            self.model.current = self.optimizer.current = None
+            self._stages.begin(build, step)
             engine = self._stages.engine
             assert engine is not None
-            self.model, self.optimizer = engine.prepared_model, engine.prepared
+            self.model.current, self.optimizer.current = engine.prepared_model, engine.prepared
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr if lr is None else lr
         return self.model, self.optimizer
@@ -143,6 +157,7 @@ class Progressive:
         """
         self._adopt()
         self._stages.end_stage(self._stages.total_steps, self._log)
+        self._stages.restore()
         return self.outcomes
 
     def _adopt(self) -> None:
@@ -150,7 +165,7 @@ class Progressive:
         if self._pending is not None:
             build, accelerator, steps_done = self._pending
             self._pending = None
-            self._stages.adopt(build, self.model, self.optimizer, accelerator, steps_done)
+            self._stages.adopt(build, self.model.current, self.optimizer.current, accelerator, steps_done)
 
     def _log(self, outcome: StageOutcome) -> None:
         log.info(

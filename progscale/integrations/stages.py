@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -37,12 +37,12 @@ class StageOutcome:
 
     Attributes:
         stage: 1-based.
-        start_step: first optimizer step.
+        start_step: first optimizer step that was taken.
         end_step: one past the last.
         first_block: lowest live block of each stack.
         embeddings: whether the embeddings were trained.
         trainable_parameters: elements of the live tensors.
-        planned_updates: live elements times the stage's steps that this process has seen.
+        planned_updates: live elements times the steps that were taken.
         measured_updates: the same, from the optimizer's own step counters.
         frozen_changed: frozen tensors whose bits changed; anything but 0 would have ended the run.
         switch_seconds: building the stage and moving the state.
@@ -64,6 +64,36 @@ class StageOutcome:
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
         return asdict(self)
+
+    def after(self, earlier: StageOutcome | None) -> StageOutcome:
+        """Of the whole stage, where a part of it was done before a resume."""
+        if earlier is None or earlier.end_step != self.start_step:
+            return self
+        return replace(
+            self,
+            start_step=earlier.start_step,
+            planned_updates=self.planned_updates + earlier.planned_updates,
+            measured_updates=self.measured_updates + earlier.measured_updates,
+            switch_seconds=earlier.switch_seconds,
+            carried=earlier.carried,
+        )
+
+
+class Following:
+    """Stands for the model or the optimizer of the stage at work: whatever is asked of it is asked of that one.
+
+    A loop keeps its variables over a switch; kept in them, an old stage's engine would stay in memory while the next is built.
+    """
+
+    def __init__(self, current: Any = None) -> None:
+        self.current = current
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.current, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward pass."""
+        return self.current(*args, **kwargs)
 
 
 class Stages:
@@ -109,7 +139,7 @@ class Stages:
         found = family_of(module, family)
         self.partition = partition(module, found)
         check_shared_blocks(found, self.partition, schedule, stages)
-        trained = AsGiven(frozenset(name for name, parameter in module.named_parameters() if parameter.requires_grad))
+        self.trained = frozenset(name for name, parameter in module.named_parameters() if parameter.requires_grad)
         built = build_stages(
             schedule,
             num_blocks=self.partition.num_blocks,
@@ -119,13 +149,14 @@ class Stages:
             options=options,
         )
         self.total_steps = total_steps
-        self.builds = build_for(built, self.partition, trained, weight_decay=weight_decay, decayed=decayed)
+        self.builds = build_for(built, self.partition, AsGiven(self.trained), weight_decay=weight_decay, decayed=decayed)
         for build in self.builds:
             if not build.live:
                 raise ScheduleError(f"stage {build.stage.index} of '{schedule}' has nothing to train in this model")
         self.outcomes: list[StageOutcome] = []
         self.engine: AdoptedLocalEngine | AdoptedDeepSpeedEngine | None = None
         self._audit: Audit | None = None
+        self._earlier: dict[int, StageOutcome] = {}
         self._volume_before = 0
         self._begun_at = 0
         self._switch = Switch(False, 0.0, "none")
@@ -170,14 +201,9 @@ class Stages:
         build = self.build_at(step)
         return None if build is self.engine.build else build
 
-    def switch(self, build: StageBuild, step: int, log: Callable[[StageOutcome], None]) -> None:
-        """Ends the stage at work and begins `build` before step `step`. A collective.
-
-        Raises:
-            AuditError: a frozen tensor has changed.
-        """
+    def begin(self, build: StageBuild, step: int) -> None:
+        """Begins a stage before step `step`, when the one before has ended and nobody else holds its engine. A collective."""
         assert self.engine is not None
-        self.end_stage(step, log)
         # Taken before the switch, so that what the switch itself changes shows too.
         self._audit = Audit(self.engine, build)
         self._switch = self.engine.begin_stage(build)
@@ -189,26 +215,43 @@ class Stages:
         Raises:
             AuditError: a frozen tensor has changed.
         """
-        engine, audit = self.engine, self._audit
-        assert engine is not None and audit is not None and engine.build is not None
+        assert self._audit is not None and self.engine is not None and self.engine.build is not None
+        self._audit.check(self.engine.build.stage.index)
+        outcome = self.so_far(step)
+        self.outcomes.append(outcome)
+        log(outcome)
+
+    def so_far(self, step: int) -> StageOutcome:
+        """What the stage at work has done when `step` optimizer steps lie behind. A collective."""
+        engine = self.engine
+        assert engine is not None and engine.build is not None
         stage = engine.build.stage
-        audit.check(stage.index)
         trainable = sum(self.partition.parameters[name].numel for name in engine.build.live)
-        outcome = StageOutcome(
+        mine = StageOutcome(
             stage=stage.index,
-            start_step=stage.start_step,
-            end_step=stage.end_step,
+            start_step=self._begun_at,
+            end_step=step,
             first_block=stage.first_block(self.partition.num_blocks),
             embeddings=stage.embeddings,
             trainable_parameters=trainable,
             planned_updates=trainable * (step - self._begun_at),
             measured_updates=engine.updated_volume() - self._volume_before,
-            frozen_changed=0,  # or the audit would have raised
+            frozen_changed=0,  # or the audit ends the run
             switch_seconds=self._switch.seconds,
             carried=self._switch.carried,
         )
-        self.outcomes.append(outcome)
-        log(outcome)
+        return mine.after(self._earlier.get(mine.stage))
+
+    def go_on_from(self, outcomes: Sequence[Mapping[str, Any]]) -> None:
+        """Takes over what a checkpoint tells of the stages before it, the last of which it may have been saved in."""
+        self._earlier = {int(entry["stage"]): StageOutcome(**entry) for entry in outcomes}
+        at_work = None if self.engine is None or self.engine.build is None else self.engine.build.stage.index
+        self.outcomes = [outcome for stage, outcome in sorted(self._earlier.items()) if at_work is None or stage < at_work]
+
+    def restore(self) -> None:
+        """What could be trained before the stages requires a gradient again."""
+        for name, parameter in self.module.named_parameters():
+            parameter.requires_grad_(name in self.trained)
 
 
 def default_stages(epochs: float) -> int:
@@ -245,8 +288,11 @@ def rebind_scheduler(scheduler: Any, optimizer: Any, old_groups: Sequence[Mappin
         for group in groups:
             if values:
                 group[key] = values.copy().pop()
+    inner = list(getattr(scheduler, "_schedulers", ()))
+    for one in inner:
+        rebind_scheduler(one, optimizer, old_groups)
     for name, value in list(vars(scheduler).items()):
-        if isinstance(value, list) and len(value) == len(old_groups) and value:
+        if name != "_schedulers" and isinstance(value, list) and len(value) == len(old_groups) and value:
             if any(entry is not value[0] and entry != value[0] for entry in value):
                 raise ScheduleError(
                     f"the learning-rate scheduler keeps values of its own for each param group ({name}: {value}); stages that "

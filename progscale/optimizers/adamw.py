@@ -39,7 +39,8 @@ class AdamW(Optimizer):
         made, fused = param_groups(parameters, groups), self.fused
         if fused is None:
             fused = fused_available(parameter for group in made for parameter in group["params"])
-        return torch.optim.AdamW(made, lr=0.0, betas=self.betas, eps=self.eps, fused=fused)
+        # False would turn off what torch takes by itself on a GPU too, one kernel for many tensors.
+        return torch.optim.AdamW(made, lr=0.0, betas=self.betas, eps=self.eps, fused=fused or None)
 
 
 def fused_available(parameters: Iterable[torch.Tensor]) -> bool:

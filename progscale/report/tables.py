@@ -84,7 +84,8 @@ def notes(comparison: Comparison) -> list[str]:
     )
     text = f"Scores {what}, mean ± standard deviation over seeds."
     if references:
-        text += f" Difference and time ratio: beside {', or '.join(references)}, paired by seed, ± half of the 95 % confidence interval."
+        beside = ", or ".join(references)
+        text += f" Difference and time ratio: beside {beside}, paired by seed, ± half of the 95 % confidence interval."
     return [text, *comparison.notes, *of_groups]
 
 

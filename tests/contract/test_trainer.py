@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.harness.cases import run
 from tests.harness.trainers import Shown, run_trainer
@@ -89,3 +90,23 @@ def test_bf16_parameters_keep_their_masters(two_ranks: TwoRanks) -> None:
     assert found.losses == pytest.approx(wanted.losses, abs=2e-3)
     for outcome in found.outcomes:
         assert outcome["measured_updates"] == outcome["planned_updates"]
+
+
+@pytest.mark.parametrize("engine", ["plain", "zero2", "zero3"])
+def test_an_adapter_is_whole_in_checkpoints_of_late_stages(two_ranks: TwoRanks, tmp_path: Path, engine: str) -> None:
+    """transformers leaves what is frozen out of a PEFT model's checkpoint; in the last stage that is most of the adapter."""
+    options = {"adapter": True, "gather": True}
+    whole = trained(two_ranks, engine, folder=str(tmp_path / "whole"), save_at=6, **options)[0]
+    saved = load_file(tmp_path / "whole" / "checkpoint-6" / "adapter_model.safetensors")
+    assert {int(name.split("layer.")[1].split(".")[0]) for name in saved if "layer." in name} == set(range(6))
+    trained(two_ranks, engine, save_at=5, folder=str(tmp_path / "cut"), **options)
+    rest = trained(two_ranks, engine, resume=str(tmp_path / "cut" / "checkpoint-5"), folder=str(tmp_path / "cut"), **options)[0]
+    assert rest.losses == whole.losses[5:]
+    for name, value in whole.parameters.items():
+        assert torch.equal(rest.parameters[name], value), name
+
+
+def test_under_ddp_the_forward_keeps_what_decorates_it(two_ranks: TwoRanks) -> None:
+    """Accelerate's way of taking its autocast off a model takes off the model's own decorators too."""
+    for shown in two_ranks.run("tests.harness.trainers:tuples_by_stage", engine="ddp"):
+        assert shown == [True, True, True]

@@ -88,6 +88,5 @@ def run_loop(
     assert made is not None
     whole = {name: value.clone() for name, value in made.full_parameters() if value is not None}
     shown.parameters = whole | {name: value.view_as(whole[name]) for name, value in masters(made).items() if whole}
-    del wrapped, optimizer
     shown.engines = alive()
     return shown

@@ -107,6 +107,9 @@ def run_trainer(
     resume: str | None = None,
     folder: str | None = None,
     progressive: bool = True,
+    adapter: bool = False,
+    gather: bool = False,
+    callback: TrainerCallback | None = None,
     **arguments: Any,
 ) -> Shown:
     """Trains the tiny model of `cases.run` with the Trainer.
@@ -116,13 +119,21 @@ def run_trainer(
         save_at: save a checkpoint after so many steps, and stop there.
         resume: folder of a checkpoint to go on from.
         folder: of the Trainer.
+        adapter: train PEFT's LoRA.
+        gather: ZeRO-3 puts whole weights into checkpoints.
         progressive: False leaves the Trainer as it is.
+        callback: one more.
         **arguments: further TrainingArguments.
     """
     set_up_cpu(1)
     reset_accelerate()
     # Under ZeRO-3 transformers draws the weights of a model in another order, once it knows of it.
-    module = tiny_model(family, blocks=blocks).train()
+    module: Any = tiny_model(family, blocks=blocks).train()
+    if adapter:
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(1)
+        module = get_peft_model(module, LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"]))
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     config = copy.deepcopy(deepspeed_of(engine))
     if config is not None:
@@ -130,6 +141,8 @@ def run_trainer(
         find_compiler()
         config |= {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto"}
         config |= {"bf16": {"enabled": "auto"}, "steps_per_print": 10**9}
+        if gather and config["zero_optimization"]["stage"] == 3:
+            config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
     world_size = int(os.environ.get("WORLD_SIZE", "1")) if engine != "plain" else 1
     own = folder or tempfile.mkdtemp(prefix="progscale-trainer-")
     args = TrainingArguments(
@@ -167,6 +180,8 @@ def run_trainer(
         made = make_progressive(trainer, schedule=schedule, stages=stages, embeddings=embeddings, schedule_options=options)
     if save_at is not None:
         trainer.add_callback(StopAfter(save_at))
+    if callback is not None:
+        trainer.add_callback(callback)
     result = trainer.train(resume_from_checkpoint=resume)
     assert result.global_step == (save_at or steps)
     if made is not None:
@@ -195,6 +210,21 @@ class StopAfter(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
         return control
+
+
+def tuples_by_stage(engine: str) -> list[bool]:
+    """In each stage under bf16 autocast: whether the model still takes `return_dict`, which a decorator of its forward reads."""
+    found: list[bool] = []
+
+    class Asks(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
+            if state.global_step % 2 == 0:
+                batch = share(0, 2, 101, 0, 1, 2)[0]
+                with torch.no_grad():
+                    found.append(isinstance(model(**batch.inputs, return_dict=False), tuple))
+
+    run_trainer(engine, precision="bf16", callback=Asks())
+    return found
 
 
 def alive() -> int:

@@ -85,7 +85,8 @@ def test_what_it_leaves_behind(tmp_path: Path) -> None:
     assert [outcome.embeddings for outcome in progressive.outcomes] == [True, False, False]
     assert [(outcome.start_step, outcome.end_step) for outcome in progressive.outcomes] == [(0, 6), (6, 12), (12, 18)]
     written = json.loads((tmp_path / "progressive.json").read_text())
-    assert written == {"schedule": "progtuning", "stages": [outcome.to_json() for outcome in progressive.outcomes]}
+    assert (written["schedule"], written["outcomes"]) == ("progtuning", [outcome.to_json() for outcome in progressive.outcomes])
+    assert [stage[:2] for stage in written["plan"]] == [[0, 6], [6, 12], [12, 18]]
     logged = [entry for entry in trainer.state.log_history if "progressive/stage" in entry]
     assert [entry["progressive/trainable_parameters"] for entry in logged] == [
         o.trainable_parameters for o in progressive.outcomes
@@ -168,3 +169,115 @@ def test_a_curve_goes_on_over_other_groups() -> None:
     curve.step()
     assert [group["lr"] for group in new.param_groups] == pytest.approx([1e-3 / 3] * 3)
     assert curve.get_last_lr() == pytest.approx([1e-3 / 3] * 3)
+
+
+def test_the_model_can_be_trained_again(tmp_path: Path) -> None:
+    """In a notebook one makes a new Trainer over the same model; what a stage froze is no choice of the user's."""
+    model = tiny_model("bert", blocks=6)
+    sizes = []
+    for number in range(2):
+        trainer = trainer_in(tmp_path / str(number), model)
+        progressive = make_progressive(trainer)
+        trainer.train()
+        sizes.append([outcome.trainable_parameters for outcome in progressive.outcomes])
+    assert sizes[0] == sizes[1]
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["create_optimizer", "create_scheduler"])
+def test_an_optimizer_or_curve_of_a_subclass(tmp_path: Path, name: str) -> None:
+    own = type("Own", (Trainer,), {name: lambda self, *args, **kwargs: None})
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(UserError, match=f"{name}: of a subclass"):
+        make_progressive(own(tiny_model("bert", blocks=2), args, train_dataset=Rows()))
+
+
+def test_the_best_model_at_the_end(tmp_path: Path) -> None:
+    """It is of an earlier stage, and loaded after the last audit."""
+    options = {"eval_strategy": "steps", "eval_steps": 6, "save_steps": 6, "load_best_model_at_end": True, "learning_rate": 1.0}
+    model = tiny_model("bert", blocks=6)
+    args = TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, per_device_train_batch_size=4, **options
+    )
+    trainer = Trainer(model, args, train_dataset=Rows(), eval_dataset=Rows())
+    progressive = make_progressive(trainer)
+    trainer.train()
+    assert len(progressive.outcomes) == 3
+    assert trainer.state.best_model_checkpoint is not None
+
+
+def test_what_callbacks_see_while_a_stage_is_logged(tmp_path: Path) -> None:
+    seen = []
+
+    class Logs(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, *, logs: Any, optimizer: Any, **kwargs: Any) -> None:
+            if "progressive/stage" in logs:
+                seen.append((logs["progressive/stage"], len(optimizer.param_groups), self.ended))
+
+        ended = False
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.ended = True
+
+    trainer = trainer_in(tmp_path, callbacks=[Logs()])
+    make_progressive(trainer)
+    trainer.train()
+    assert [entry[0] for entry in seen] == [1, 2, 3]
+    assert all(groups > 0 and not ended for _, groups, ended in seen), (
+        "each before its optimizer is gone, and before trackers close"
+    )
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if state.global_step == self.step:
+            control.should_save = control.should_training_stop = True
+        return control
+
+
+def test_what_it_tells_after_a_resume(tmp_path: Path) -> None:
+    first = trainer_in(tmp_path, callbacks=[StopAt(8)])
+    made = make_progressive(first)
+    first.train()
+    assert [(outcome.start_step, outcome.end_step) for outcome in made.outcomes] == [(0, 6), (6, 8)]
+    second = trainer_in(tmp_path)
+    made = make_progressive(second)
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert [(outcome.start_step, outcome.end_step) for outcome in made.outcomes] == [(0, 6), (6, 12), (12, 18)]
+    for outcome in made.outcomes:
+        assert outcome.measured_updates == outcome.planned_updates == 6 * outcome.trainable_parameters
+    written = json.loads((tmp_path / "progressive.json").read_text())
+    assert written["outcomes"] == [outcome.to_json() for outcome in made.outcomes]
+
+
+def test_a_checkpoint_of_other_stages(tmp_path: Path) -> None:
+    first = trainer_in(tmp_path, callbacks=[StopAt(8)])
+    make_progressive(first)
+    first.train()
+    second = trainer_in(tmp_path)
+    make_progressive(second, stages=2)
+    with pytest.raises(
+        UserError, match=r"saved in a run of other stages .*: they begin at \[0, 6, 12\] and end with step 18, these at \[0, 9\]"
+    ):
+        second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    (tmp_path / "checkpoint-8" / "progressive.json").unlink()
+    third = trainer_in(tmp_path)
+    make_progressive(third)
+    with pytest.raises(UserError, match=r"has no progressive\.json: a Trainer without stages has saved it"):
+        third.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+
+
+def test_curves_inside_of_a_curve_go_on_too() -> None:
+    weights = [torch.nn.Parameter(torch.ones(1)) for _ in range(3)]
+    old = torch.optim.AdamW([{"params": weights}], lr=1e-3)
+    parts = [torch.optim.lr_scheduler.LambdaLR(old, lambda step: 1 / (step + 1)) for _ in range(2)]
+    curve = torch.optim.lr_scheduler.SequentialLR(old, parts, milestones=[3])
+    new = torch.optim.AdamW([{"params": [weight]} for weight in weights], lr=9.0)
+    rebind_scheduler(curve, new, old.param_groups)
+    before = new.param_groups[0]["lr"]
+    new.step()
+    curve.step()
+    assert [group["lr"] for group in new.param_groups] == pytest.approx([before / 2] * 3)
