@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 WORKERS ?= 2
 
-.PHONY: demo test test-product test-reliability test-cluster test-browser test-real lint setup clean
+.PHONY: demo test test-product test-reliability test-cluster test-browser test-real lint docs setup clean
 
 demo: $(READY)
 	$(BIN)/accelerate launch --config_file configs/accelerate/cpu2.yaml launch/train.py --config configs/demo.json --config configs/zero2.json
@@ -37,6 +37,11 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The pages in build/docs/index.html; a warning is a mistake.
+docs: $(READY)
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --fresh-env docs build/docs
+	@echo "build/docs/index.html"
+
 setup: $(READY)
 
 # torch comes first: DeepSpeed's own set-up wants it, and a machine without a GPU keeps the build it was given.
@@ -44,7 +49,7 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel ninja
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
 	touch $(READY)
 
 clean:

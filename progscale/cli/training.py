@@ -13,6 +13,7 @@ from progscale.config import describe_schema, dump_config
 from progscale.errors import UserError
 from progscale.launcher import read_ranks
 from progscale.names import method_options
+from progscale.registry import import_plugin
 from progscale.signals import Signals
 
 EXAMPLES = """examples:
@@ -73,6 +74,8 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
 def run_train(options: argparse.Namespace) -> int:
     """The command `train`."""
     if options.list_options:
+        for module in options.plugin:
+            import_plugin(module)
         for row in [*describe_schema(), *method_options()]:
             print("  ".join(str(cell) for cell in row))
         return 0

@@ -10,6 +10,9 @@ from progscale.config.read import INCLUDE, KeyPath, Layer, dotted, show
 from progscale.config.schema import SECTIONS, Config
 from progscale.errors import Fault, nearest
 
+# What a run's own config.json has beside the config, so that it is a layer as it lies there.
+RECORDED = "hash"
+
 # Sections of ours that are blocks of DeepSpeed's too; these keys tell that one is DeepSpeed's.
 _DEEPSPEED_BLOCKS = {
     "optimizer": frozenset({"type", "params", "legacy_fusion"}),
@@ -59,6 +62,8 @@ def _owner(key: str, value: Any) -> str | None:
 def _known_keys(layer: Layer, tree: dict[str, Any], faults: list[Fault]) -> dict[str, Any]:
     known: dict[str, Any] = {}
     for name, values in tree.items():
+        if name == RECORDED:
+            continue
         if name not in Config.model_fields:
             faults.append(_unknown((name,), layer.source))
         elif name not in SECTIONS:

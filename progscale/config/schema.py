@@ -119,7 +119,7 @@ class Task(Section):
         default=None, description="evaluation data; of your own data null sets validation_fraction of the rows aside"
     )
     text_columns: Annotated[list[Text], Field(min_length=1, max_length=2)] | None = Field(
-        default=None, description="table: one column, or two for sentence pairs; causal_lm: one, null: text"
+        default=None, description="table: one column, or two for sentence pairs; causal_lm: one; null: text"
     )
     label_column: Text | None = Field(default=None, description="table: column of the label; null: label")
     labels: Annotated[list[Text], Field(min_length=2)] | None = Field(
@@ -191,7 +191,7 @@ class Schedule(Section):
 
     name: Text = Field(
         default="progtuning",
-        description="progtuning, none (plain fine-tuning), without_low_blocks, growing, custom, weighted, registered",
+        description="progtuning, none (plain fine-tuning), without_low_blocks, growing, custom, weighted, only, or registered",
     )
     stages: Annotated[int, Field(ge=1, le=MOST_STAGES)] | None = Field(
         default=None,
@@ -212,7 +212,9 @@ class Schedule(Section):
         default=None,
         description="blocks below all that is trained: train (dropout on, the paper's way) or eval; null: eval with a cache",
     )
-    options: dict[str, Any] = Field(default_factory=dict, description="options of a schedule from another package")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description='only: {"blocks": [3]}, the blocks that are trained; else those of a schedule of yours'
+    )
 
     @property
     def listed_stages(self) -> int | None:

@@ -145,6 +145,7 @@ def cost_figure(group: Group, number: int) -> Figure | None:
         y="share of the reference's",
         groups=list(series),
         series={arm.name: [values[index] for values in series.values()] for index, arm in enumerate(compared)},
+        colours=colours_of(group),
         note="1 is what the reference takes. Seconds and memory are left out where the machines differ.",
     )
 
@@ -157,6 +158,11 @@ def cost_share(group: Group, arm: Arm, key: str) -> float | None:
     pairs = [(getattr(arm.costs[seed], key), getattr(reference.costs[seed], key)) for seed in arm.against.seeds]
     known = [(mine, theirs) for mine, theirs in pairs if mine is not None and theirs]
     return statistics.fmean(mine / theirs for mine, theirs in known) if len(known) == len(pairs) and known else None
+
+
+def colours_of(group: Group) -> dict[str, int]:
+    """Arm → the number of its colour in all figures of the group."""
+    return {arm.name: number for number, arm in enumerate(group.arms)}
 
 
 def score_by_step(group: Group, number: int) -> Figure | None:
@@ -180,5 +186,6 @@ def score_by_step(group: Group, number: int) -> Figure | None:
         y=group.metric,
         series=series,
         dots=list(series),
+        colours=colours_of(group),
         note="Mean over seeds.",
     )

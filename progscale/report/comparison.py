@@ -144,7 +144,7 @@ class Comparison:
 
 
 def find_runs(paths: Iterable[str | Path]) -> tuple[list[Path], list[Path]]:
-    """Run folders: those named, and those that lie below a folder which is none itself.
+    """Run folders: those named, and those that lie below a folder which is none itself, without earlier runs of the same name.
 
     Returns:
         Runs to compare, and runs that were found and have not ended.
@@ -161,11 +161,18 @@ def find_runs(paths: Iterable[str | Path]) -> tuple[list[Path], list[Path]]:
             continue
         # Exported models have a config.json too.
         here = sorted(entry.parent for entry in path.rglob("config.json") if (entry.parent / "plan.json").exists())
+        here = [run for run in here if not was_moved_aside(run)]
         if not here:
             raise ReportError(f"'{path}' holds no run folder; give folders that progscale train wrote, e.g. runs/*")
         for run in here:
             (found if (run / "summary.json").exists() else unfinished)[run] = None
     return list(found), list(unfinished)
+
+
+def was_moved_aside(run: Path) -> bool:
+    """Whether a folder is an earlier run, NAME.1, of one that lies beside it."""
+    name, _, number = run.name.rpartition(".")
+    return number.isdigit() and (run.parent / name / "config.json").exists()
 
 
 def compare(

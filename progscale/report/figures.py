@@ -20,6 +20,7 @@ def lines(
     series: Mapping[str, Sequence[tuple[float, float]]],
     marks: Sequence[tuple[float, str]] = (),
     dots: Sequence[str] = (),
+    colours: Mapping[str, int] | None = None,
     note: str = "",
     logarithmic: bool = False,
 ) -> Figure:
@@ -33,6 +34,7 @@ def lines(
         series: points by what they are.
         marks: vertical lines, with a word each.
         dots: series of few points, each of which is shown.
+        colours: series → the number of its colour, where it must be the same in several figures; else by their order.
         note: a sentence below.
         logarithmic: the y axis is.
     """
@@ -42,18 +44,33 @@ def lines(
         note = " ".join(filter(None, (note, f"A point is the mean of up to {max(merged) + 1} records.")))
     return {
         **{"kind": "lines", "name": name, "title": title, "x": x, "y": y, "note": note, "logarithmic": logarithmic},
-        "series": [{"name": key, "points": points, "dots": key in dots} for key, points in thinned.items()],
+        "series": [
+            {"name": key, "points": points, "dots": key in dots, **coloured(key, colours)} for key, points in thinned.items()
+        ],
         "marks": [{"x": place, "text": text} for place, text in marks],
     }
 
 
+def coloured(name: str, colours: Mapping[str, int] | None) -> dict[str, int]:
+    """The colour of a series, where one was given."""
+    return {} if colours is None else {"colour": colours[name]}
+
+
 def bars(
-    name: str, title: str, *, x: str, y: str, groups: Sequence[str], series: Mapping[str, Sequence[float | None]], note: str = ""
+    name: str,
+    title: str,
+    *,
+    x: str,
+    y: str,
+    groups: Sequence[str],
+    series: Mapping[str, Sequence[float | None]],
+    colours: Mapping[str, int] | None = None,
+    note: str = "",
 ) -> Figure:
-    """Bars side by side in each group."""
+    """Bars side by side in each group; `colours` as for `lines`."""
     return {
         **{"kind": "bars", "name": name, "title": title, "x": x, "y": y, "note": note, "groups": list(groups)},
-        "series": [{"name": key, "values": list(values)} for key, values in series.items()],
+        "series": [{"name": key, "values": list(values), **coloured(key, colours)} for key, values in series.items()],
     }
 
 

@@ -36,7 +36,7 @@ def fill_for(request: Request, job: Job, path: Path) -> list[Line]:
     head = [
         f"# {TEMPLATE}, filled in by progscale submit {progscale.__version__}. Again, with more options of train's if need be:",
         f"#   sbatch {shlex.quote(str(path.absolute()))}",
-        "# launch/slurm/README.md tells how it works.",
+        "# docs/slurm.md tells how it works.",
     ]
     return fill(template, head, directives_of(request, job), exports_of(request, job), arguments_of(request, job, path))
 

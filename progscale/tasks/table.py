@@ -14,6 +14,9 @@ from progscale.tasks.sources import find_tables, rows_aside
 
 log = logging.getLogger("progscale.data")
 
+# The column that is read where no other is named, as data sets on the hub call it.
+DEFAULT_TEXT = "text"
+
 
 @register("table")
 class TableTask(SentenceTask):
@@ -80,8 +83,10 @@ class TableTask(SentenceTask):
         return {"train": examples.take(kept), "validation": examples.take(aside)}
 
     def _text_columns(self, table: Table) -> list[str]:
-        columns = self.config_value("text_columns") or []
-        columns = [columns] if isinstance(columns, str) else list(columns)
+        columns = self.config_value("text_columns")
+        if columns is None and DEFAULT_TEXT in table.columns:
+            return [DEFAULT_TEXT]
+        columns = [columns] if isinstance(columns, str) else list(columns or [])
         if len(columns) not in (1, 2) or len(set(columns)) != len(columns):
             raise DataError(
                 f"task.text_columns: one or two different columns are needed, not {len(columns)} "

@@ -34,10 +34,21 @@ def trained(two_ranks: TwoRanks, engine: str, **options: Any) -> list[Shown]:
     return two_ranks.run("tests.harness.trainers:run_trainer", engine=engine, **case)
 
 
+RUNS: dict[str, list[Shown]] = {}
+
+
+def trained_once(two_ranks: TwoRanks, engine: str, **options: Any) -> list[Shown]:
+    """A run that several tests look at."""
+    key = f"{engine} {sorted(options.items())}"
+    if key not in RUNS:
+        RUNS[key] = trained(two_ranks, engine, **options)
+    return RUNS[key]
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_it_is_progscales_own_loop(two_ranks: TwoRanks, engine: str) -> None:
     schedule, embeddings = SCHEDULES[engine]
-    found = trained(two_ranks, engine, schedule=schedule, embeddings=embeddings)[0]
+    found = trained_once(two_ranks, engine, schedule=schedule, embeddings=embeddings)[0]
     # The Trainer's linear curve goes to 0, ours in the harness to a tenth: the engine is given the Trainer's rates.
     wanted = run("plain", schedule=schedule, embeddings=embeddings, rates=tuple(found.learning_rates), **CASE)
     assert found.losses == pytest.approx(wanted.losses, abs=2e-6)
@@ -52,7 +63,7 @@ def test_it_is_progscales_own_loop(two_ranks: TwoRanks, engine: str) -> None:
 def test_frozen_is_frozen_and_the_ledger_holds(two_ranks: TwoRanks, engine: str) -> None:
     """The audit inside would have raised; what it hashed is what lies there (a negative test is below)."""
     schedule, embeddings = SCHEDULES[engine]
-    for shown in trained(two_ranks, engine, schedule=schedule, embeddings=embeddings):
+    for shown in trained_once(two_ranks, engine, schedule=schedule, embeddings=embeddings):
         assert [outcome["stage"] for outcome in shown.outcomes] == [1, 2, 3]
         for outcome in shown.outcomes:
             assert outcome["frozen_changed"] == 0
@@ -69,13 +80,19 @@ def test_without_stages_it_is_the_trainer_as_it_was(two_ranks: TwoRanks, engine:
     assert found.learning_rates == plain.learning_rates
 
 
-@pytest.mark.parametrize("engine", ["plain", "ddp", "zero1", "zero2", "zero3"])
+RESUMED = [
+    *("plain", "zero2", "zero3"),
+    *(pytest.param(engine, marks=pytest.mark.slow) for engine in ("ddp", "zero1")),
+]
+
+
+@pytest.mark.parametrize("engine", RESUMED)
 @pytest.mark.parametrize("step", [3, 4])
 def test_stopped_and_resumed_it_is_the_run_that_never_stopped(
     two_ranks: TwoRanks, tmp_path: Path, engine: str, step: int
 ) -> None:
     """In the middle of a stage (3), and exactly on a boundary (4), through the Trainer's own checkpoints."""
-    whole = trained(two_ranks, engine)[0]
+    whole = trained_once(two_ranks, engine, schedule="progtuning", embeddings="always")[0]
     trained(two_ranks, engine, save_at=step, folder=str(tmp_path))
     rest = trained(two_ranks, engine, resume=str(tmp_path / f"checkpoint-{step}"), folder=str(tmp_path))[0]
     assert rest.losses == whole.losses[step:]

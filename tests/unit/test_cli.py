@@ -17,6 +17,7 @@ import pytest
 from progscale.cli import SILENT_SECONDS, build_parser, main, quiet_libraries
 from progscale.cli.training import run_train
 from progscale.config import Config, load_config
+from progscale.methods import METHODS
 from progscale.schedule import SCHEDULES
 from progscale.session import Session
 from progscale.signals import Signals
@@ -84,6 +85,37 @@ def test_print_config_is_a_config(command: Command) -> None:
     assert answer.code == 0
     Path("printed.json").write_text(answer.out)
     assert load_config(["printed.json"]) == load_config([], ["train.epochs=2"])
+
+
+def test_list_options_has_those_of_a_plugin(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "its_methods.py").write_text(
+        "from pydantic import Field\n"
+        "from progscale.config import Section\n"
+        "from progscale.methods import Method, register\n"
+        "class Options(Section):\n"
+        "    every: int = Field(default=2, description='each so many blocks')\n"
+        "@register('its_own')\n"
+        "class Own(Method[Options]):\n"
+        "    name, Options = 'its_own', Options\n"
+        "    def tensors(self, partition):\n"
+        "        return frozenset()\n"
+    )
+    try:
+        answer = command("train", "--plugin", "its_methods", "--list-options")
+    finally:
+        METHODS.remove("its_own")
+    assert answer.code == 0
+    assert "each so many blocks" in answer.out
+
+
+def test_a_runs_own_config_is_a_layer(command: Command, tmp_path: Path) -> None:
+    few = ["--set", "task.max_train_examples=64", "--set", "run.seed=3"]
+    assert command("train", *few).code == 0
+    recorded = tmp_path / "runs" / "demo-progtuning-3"
+    assert command("train", "--config", str(recorded / "config.json"), "--set", "run.name=again").code == 0
+    first, again = (json.loads((folder / "summary.json").read_text()) for folder in (recorded, tmp_path / "runs" / "again"))
+    assert again["metrics"] == first["metrics"]
 
 
 def test_list_options_names_every_key(command: Command) -> None:

@@ -39,9 +39,13 @@
     });
   };
 
+  // A series keeps its colour from figure to figure where the page gives it one.
+  const coloursOf = (figure) => figure.series.map((series, index) => colours[(series.colour ?? index) % colours.length]);
+
   function lines(figure, holder, width) {
     const names = figure.series.map((series) => series.name);
-    legend(holder, names, colours);
+    const range = coloursOf(figure);
+    legend(holder, names, range);
     const points = figure.series.flatMap((series) => series.points.map(([x, y]) => ({ x, y, name: series.name })));
     const dotted = new Set(figure.series.filter((series) => series.dots).map((series) => series.name));
     const total = d3.max(points, (point) => point.x);
@@ -50,7 +54,7 @@
       width, height: 270, marginLeft: 58, marginTop: 30, marginBottom: 42, style,
       x: { label: figure.x, labelAnchor: "center", labelArrow: "none", ticks: ticks(width), tickFormat: short, domain: [0, total], nice: false },
       y: { label: figure.y, labelArrow: "none", grid: true, nice: true, tickFormat: short, type: figure.logarithmic ? "log" : "linear" },
-      color: { domain: names, range: colours },
+      color: { domain: names, range },
       marks: [
         Plot.ruleX(marks, { x: "x", stroke: "var(--mark)", strokeDasharray: "3,3" }),
         Plot.text(marks.filter((mark) => mark.shown), { x: "x", text: "text", frameAnchor: "top", textAnchor: "start", dx: 4, dy: -2, fill: "var(--muted)", fontSize: 11 }),
@@ -63,7 +67,8 @@
 
   function bars(figure, holder, width) {
     const names = figure.series.map((series) => series.name);
-    legend(holder, names, colours);
+    const range = coloursOf(figure);
+    legend(holder, names, range);
     const cells = figure.series.flatMap((series) => series.values
       .map((y, index) => ({ y, name: series.name, group: figure.groups[index] })).filter((cell) => cell.y !== null));
     // Words of a group break into lines where they have no room.
@@ -75,7 +80,7 @@
       fx: { label: figure.x, axis: null, domain: figure.groups, padding: 0.2 },
       x: { axis: null, domain: names, padding: 0.08 },
       y: { label: figure.y, labelArrow: "none", grid: true, nice: true, tickFormat: short },
-      color: { domain: names, range: colours },
+      color: { domain: names, range },
       marks: [
         Plot.axisFx({ anchor: "bottom", label: figure.x, labelAnchor: "center", labelArrow: "none", lineWidth: em, labelOffset: 38 + 14 * deepest }),
         Plot.ruleY([0], { stroke: "var(--mark)" }),
@@ -129,7 +134,7 @@
     // Names stand above their rows: beside them they would leave no room for the figure on a phone.
     return Plot.plot({
       width, height: 44 * labels.length + 68, marginLeft: 26, marginTop: 18, marginBottom: 46, marginRight: 20, style,
-      x: { label: figure.x, labelAnchor: "center", labelArrow: "none", grid: true, nice: true, ticks: ticks(width), tickFormat: short },
+      x: { label: figure.x, labelAnchor: "center", labelArrow: "none", labelOffset: 38, grid: true, nice: true, ticks: ticks(width), tickFormat: short },
       y: { axis: null, domain: labels, label: figure.y },
       color: { domain: names, range: colours },
       marks: [

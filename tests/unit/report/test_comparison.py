@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -275,6 +276,11 @@ def test_folders_of_runs(tmp_path: Path) -> None:
     (tmp_path / "deep" / "er" / "none-1" / "model" / "config.json").write_text("{}")
     write_run(tmp_path / "deep" / "cut", finished=False)
     assert find_runs([tmp_path, paths[0]]) == (sorted(paths), [tmp_path / "deep" / "cut"])
+    # An earlier run that was moved aside for one of the same name; only where that one lies there.
+    for name in (f"{paths[0].name}.1", "other.1"):
+        shutil.copytree(paths[0], paths[0].parent / name)
+    assert find_runs([tmp_path])[0] == sorted([*paths, paths[0].parent / "other.1"])
+    assert find_runs([paths[0].parent / f"{paths[0].name}.1"])[0] == [paths[0].parent / f"{paths[0].name}.1"]
     assert find_runs([tmp_path / "deep" / "cut"]) == ([tmp_path / "deep" / "cut"], [])
     (tmp_path / "empty").mkdir()
     with pytest.raises(ReportError, match="holds no run folder"):

@@ -119,6 +119,14 @@ def test_a_folder_with_both_splits_and_a_pair_of_columns(tmp_path: Path) -> None
     assert tokens.columns["token_type_ids"][0].tolist() == [0, 0, 0, 1, 1]
 
 
+def test_a_column_called_text_needs_no_name(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.csv", csv_text([("a", 0), ("b", 1)] * 5, ("text", "label")))
+    assert build(train_file=path, text_columns=None).splits()["train"].texts[0] in ("a", "b")
+    path = write(tmp_path / "u.csv", csv_text([("a", 0), ("b", 1)] * 5, ("review", "label")))
+    with pytest.raises(DataError, match=r"task.text_columns: one or two .* are needed, not 0 \(none\); .* has: review, label"):
+        build(train_file=path, text_columns=None)
+
+
 def test_regression(tmp_path: Path) -> None:
     path = write(tmp_path / "train.csv", csv_text([("a", "1.5"), ("b", "-2e-1"), ("c", "3")]))
     task = build(train_file=path, validation_file=path, problem_type="regression")
