@@ -62,7 +62,7 @@ def _owner(key: str, value: Any) -> str | None:
 def _known_keys(layer: Layer, tree: dict[str, Any], faults: list[Fault]) -> dict[str, Any]:
     known: dict[str, Any] = {}
     for name, values in tree.items():
-        if name == RECORDED:
+        if name == RECORDED and isinstance(values, str) and not layer.set_path:
             continue
         if name not in Config.model_fields:
             faults.append(_unknown((name,), layer.source))

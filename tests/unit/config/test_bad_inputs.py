@@ -140,6 +140,7 @@ def test_values(layer: dict, message: str) -> None:
 
 KEYS = [
     ({"trian": {}}, r"trian: unknown key \(from a mapping\); did you mean 'train'\?"),
+    ({"hash": {}}, r"hash: unknown key .*; sections: description, run, model"),
     ({"xyz": {}}, r"xyz: unknown key .*; sections: description, run, model"),
     ({"train": {"epoch": 3}}, r"train\.epoch: unknown key .*did you mean 'epochs'\?"),
     ({"train": {"zzz": 3}}, r"train\.zzz: unknown key .*; keys: epochs"),
