@@ -88,7 +88,7 @@ def check_unfinished(config: Config, path: Path) -> None:
     sections = {name: part for name, part in theirs.items() if isinstance(part, dict)} if isinstance(theirs, dict) else {}
     if all(same_value(sections.get(section, {}).get(key), ours[section][key]) for section, key in decisive_keys(config)):
         (path / PREEMPTED).unlink(missing_ok=True)  # of a signal while it was started: there is nothing to start again
-        raise FinishedError(f"the run in {path} has ended: see summary.json there (--resume never makes it anew)")
+        raise FinishedError(f"the run in {path} has ended: see summary.json there; without --resume it is made anew")
 
 
 def decisive_keys(config: Config) -> list[tuple[str, str]]:

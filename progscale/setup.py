@@ -100,7 +100,7 @@ def prepare(
     if network is not None:
         show_network(network, console, on_gpu=torch.device(accelerator.device).type == "cuda")
     run_folder = Path(config.run.output_dir) / config.run_name
-    if resume in POLICIES and not dry_run:
+    if resume in POLICIES and resume != "never" and not dry_run:
         ranks.on_main(lambda: check_unfinished(config, run_folder))
     if not dry_run:
         check_attention(found.request, found.skeleton)

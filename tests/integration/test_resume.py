@@ -239,6 +239,10 @@ def test_nothing_to_resume(told: type[Told], whole: Path, tmp_path: Path) -> Non
     assert ended.code == 0
     assert "has ended" in ended.err
     assert not (tmp_path / "a.1").exists()
+    # The same command without it: what was there is kept.
+    assert train(tmp_path).code == 0
+    same_run(tmp_path / "a", whole)
+    same_run(tmp_path / "a.1", whole)
 
 
 def test_never_keeps_what_was_there(told: type[Told], whole: Path, tmp_path: Path) -> None:
