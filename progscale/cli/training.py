@@ -51,7 +51,13 @@ def add_commands(commands: Any) -> None:
     merge.add_argument("--base", metavar="NAME", help="hub id or folder of the base model; default: where it lay in the run")
     merge.add_argument("--allow-pickle", action="store_true", help="load the base model's weights from pickle files too")
     merge.add_argument("--trust-remote-code", action="store_true", help="run Python code from the base model's repository")
-    checkpoint = commands.add_parser("checkpoint", help="look into saved states", allow_abbrev=False)
+    checkpoint = commands.add_parser(
+        "checkpoint",
+        help="look into saved states",
+        epilog="examples:\n  progscale checkpoint verify runs/demo-progtuning-42",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     add_checkpoint_commands(checkpoint)
 
 
@@ -64,8 +70,9 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
         "--resume",
         default="never",
         metavar="auto|never|must|PATH",
-        help="go on from the newest valid checkpoint of the run's folder: auto begins anew where there is none, must fails then; "
-        "or from the checkpoint or run folder at PATH; a run that has ended is left as it is; default: never",
+        help="go on from the newest valid checkpoint of the run's folder: auto begins anew where there is none, must fails then, "
+        "and both leave a run that has ended as it is; or from the checkpoint or run folder at PATH; default: never, which moves an "
+        "earlier run of that name aside",
     )
     parser.add_argument("--list-options", action="store_true", help="list every config key with its default and stop")
     add_permission_options(parser)
