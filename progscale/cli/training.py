@@ -71,8 +71,8 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
         default="never",
         metavar="auto|never|must|PATH",
         help="go on from the newest valid checkpoint of the run's folder: auto begins anew where there is none, must fails then, "
-        "and both leave a run that has ended as it is; or from the checkpoint or run folder at PATH; default: never, which moves an "
-        "earlier run of that name aside",
+        "and both leave a run that has ended as it is; or from the checkpoint or run folder at PATH; default: never, which moves "
+        "an earlier run of that name aside",
     )
     parser.add_argument("--list-options", action="store_true", help="list every config key with its default and stop")
     add_permission_options(parser)
