@@ -27,6 +27,11 @@ SCHEDULES = {
 }
 
 
+def engines(*ordinary: str, slow: tuple[str, ...]) -> list[Any]:
+    """Engines of the ordinary tests, and those that the long list has besides."""
+    return [*ordinary, *(pytest.param(engine, marks=pytest.mark.slow) for engine in slow)]
+
+
 def trained(two_ranks: TwoRanks, engine: str, **options: Any) -> list[Shown]:
     case = {**CASE, **options}
     if engine == "plain":
@@ -71,7 +76,7 @@ def test_frozen_is_frozen_and_the_ledger_holds(two_ranks: TwoRanks, engine: str)
         assert shown.engines == (0 if engine == "plain" else 1), "an old stage's engine is still there"
 
 
-@pytest.mark.parametrize("engine", ["plain", "ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", engines("plain", "zero3", slow=("ddp", "zero2")))
 def test_without_stages_it_is_the_trainer_as_it_was(two_ranks: TwoRanks, engine: str) -> None:
     found = trained(two_ranks, engine, schedule="none", stages=1)[0]
     plain = trained(two_ranks, engine, progressive=False)[0]
@@ -80,13 +85,7 @@ def test_without_stages_it_is_the_trainer_as_it_was(two_ranks: TwoRanks, engine:
     assert found.learning_rates == plain.learning_rates
 
 
-RESUMED = [
-    *("plain", "zero2", "zero3"),
-    *(pytest.param(engine, marks=pytest.mark.slow) for engine in ("ddp", "zero1")),
-]
-
-
-@pytest.mark.parametrize("engine", RESUMED)
+@pytest.mark.parametrize("engine", engines("plain", "zero2", "zero3", slow=("ddp", "zero1")))
 @pytest.mark.parametrize("step", [3, 4])
 def test_stopped_and_resumed_it_is_the_run_that_never_stopped(
     two_ranks: TwoRanks, tmp_path: Path, engine: str, step: int
@@ -109,7 +108,7 @@ def test_bf16_parameters_keep_their_masters(two_ranks: TwoRanks) -> None:
         assert outcome["measured_updates"] == outcome["planned_updates"]
 
 
-@pytest.mark.parametrize("engine", ["plain", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", engines("plain", "zero3", slow=("zero2",)))
 def test_an_adapter_is_whole_in_checkpoints_of_late_stages(two_ranks: TwoRanks, tmp_path: Path, engine: str) -> None:
     """transformers leaves what is frozen out of a PEFT model's checkpoint; in the last stage that is most of the adapter."""
     options = {"adapter": True, "gather": True}
