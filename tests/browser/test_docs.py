@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.harness.browser import DESKTOP, PHONE, browser, open_page
+from tests.harness.browser import open_page
 from tests.harness.programs import REPOSITORY
 
 pytestmark = pytest.mark.browser
@@ -24,13 +23,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder
-
-
-@pytest.fixture(params=["desktop-light", "phone-dark"], scope="module")
-def window(request: pytest.FixtureRequest) -> Iterator[Any]:
-    phone = request.param.startswith("phone")
-    with browser(PHONE if phone else DESKTOP, dark=phone) as driver:
-        yield driver
 
 
 def pages_of(site: Path) -> list[Path]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from progscale.report import compare, read_run, render_comparison, write_report
-from tests.harness.browser import DESKTOP, PHONE, browser, open_page
+from tests.harness.browser import DESKTOP, browser, open_page
 from tests.harness.reports import write_run
 
 pytestmark = pytest.mark.browser
@@ -33,13 +32,6 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found["compare"] = folder / "compare.html"
     found["compare"].write_text(render_comparison(compare([read_run(run) for run in runs])))
     return found
-
-
-@pytest.fixture(params=["desktop-light", "phone-dark"], scope="module")
-def window(request: pytest.FixtureRequest) -> Iterator[Any]:
-    phone = request.param.startswith("phone")
-    with browser(PHONE if phone else DESKTOP, dark=phone) as driver:
-        yield driver
 
 
 NAMES = ["run", "whole", "begun", "compare"]

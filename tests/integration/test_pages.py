@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import runpy
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from progscale.config import load_config
+from tests.harness.pages import blocks, run_program
 from tests.harness.programs import REPOSITORY
 
 DOCS = REPOSITORY / "docs"
@@ -25,10 +23,6 @@ sys.path.insert(0, "")
 for command in json.load(open("commands.json")):
     print("ENDED", main(command), flush=True)
 """
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
 
 
 def plugin_commands(page: Path) -> list[list[str]]:
@@ -50,16 +44,8 @@ def test_modules_and_commands_of_the_how_to_pages(tmp_path: Path) -> None:
     assert len(commands) >= 4
     assert len({command[command.index("--plugin") + 1] for command in commands}) >= 3
     (tmp_path / "commands.json").write_text(json.dumps(commands))
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    assert re.findall(r"^ENDED (\d+)", done.stdout, re.M) == ["0"] * len(commands), done.stdout + done.stderr
+    said = run_program(DRIVER, tmp_path)
+    assert re.findall(r"^ENDED (\d+)", said, re.M) == ["0"] * len(commands), said
     runs = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("runs/*/summary.json"))]
     assert {"every_second", "norms", "some_norms"} <= {run["schedule"] for run in runs} | {run["method"] for run in runs}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import progscale
+from tests.harness.pages import blocks, run_program
 from tests.harness.programs import REPOSITORY
 
 # What a reader of the page has already.
@@ -38,30 +38,19 @@ trainer = Trainer(model, args, train_dataset=train)
 """
 
 
-def programs(page: str) -> list[str]:
-    text = (REPOSITORY / page).read_text(encoding="utf-8")
-    return re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
-
-
-CASES = [(page, number) for page in ("README.md", "docs/integrations.md") for number in range(len(programs(page)))]
+CASES = [
+    (page, number) for page in ("README.md", "docs/integrations.md") for number in range(len(blocks(REPOSITORY / page, "python")))
+]
 
 
 @pytest.mark.parametrize(("page", "number"), CASES)
 def test_a_program_runs_as_it_stands(tmp_path: Path, page: str, number: int) -> None:
-    program = programs(page)[number]
+    program = blocks(REPOSITORY / page, "python")[number]
     needs = GIVEN if re.search(r"\b(trainer|model|loader)\b", program) and "register_family" not in program else ""
     (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
-    done = subprocess.run(
-        [sys.executable, "-c", needs + program],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
+    said = run_program(needs + program, tmp_path)
     if "progscale.train" in program:
-        assert "accuracy" in done.stdout
+        assert "accuracy" in said
         assert (tmp_path / "runs" / "mine" / "report.html").exists()
 
 
