@@ -282,7 +282,8 @@ def refusals(wanted: Wanted, partitions: Sequence[Partition]) -> list[Fault]:
         wanted: by the job.
         partitions: of the cluster.
     """
-    names = [partition.name for partition in partitions]
+    # In an order of their own: that of sinfo varies from call to call.
+    names = sorted(partition.name for partition in partitions)
     allowed = [partition for partition in partitions if partition.name in wanted.partitions]
     if unknown := [name for name in wanted.partitions if name not in names]:
         has = f"this cluster has {', '.join(names) or 'none with nodes'}"

@@ -102,7 +102,7 @@ REFUSED = [
     (Wanted(nodes=3, partitions=("narrow",)), "--nodes: 3 asked for; partition 'narrow' gives a job at most 2"),
     (
         Wanted(partitions=("gpus",)),
-        "--partition: 'gpus' is unknown; this cluster has debug, short, gpu, shut, narrow; did you mean",
+        "--partition: 'gpus' is unknown; this cluster has debug, gpu, narrow, short, shut; did you mean",
     ),
     (Wanted(partitions=("shut",)), "--partition: 'shut' takes no jobs now (drain)"),
     (
