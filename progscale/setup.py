@@ -41,7 +41,7 @@ from progscale.optim import build_for
 from progscale.optimizers import OPTIMIZERS, Optimizer, Request
 from progscale.plan import NOMINAL_STEPS, Plan, check_shared_blocks, make_plan, render_plan, schedule_options
 from progscale.resume import FOLDER as CHECKPOINTS
-from progscale.resume import POLICIES, Resumed, derive_stage, find_checkpoint, identity_of
+from progscale.resume import Resumed, derive_stage, find_checkpoint, identity_of
 from progscale.schedule import Stage, build_stages
 from progscale.session import Session
 from progscale.signals import Signals, mark_begun
@@ -100,7 +100,7 @@ def prepare(
     if network is not None:
         show_network(network, console, on_gpu=torch.device(accelerator.device).type == "cuda")
     run_folder = Path(config.run.output_dir) / config.run_name
-    if resume in POLICIES and resume != "never" and not dry_run:
+    if resume in ("auto", "must") and not dry_run:
         ranks.on_main(lambda: check_unfinished(config, run_folder))
     if not dry_run:
         check_attention(found.request, found.skeleton)

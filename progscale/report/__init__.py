@@ -1,8 +1,8 @@
 """Run folders → pages, tables and comparisons. Reads files alone: no torch, no model."""
 
 from progscale.report.compare_page import render_comparison
-from progscale.report.comparison import Comparison, compare, find_runs
-from progscale.report.record import RunRecord, read_run
+from progscale.report.comparison import Comparison, compare
+from progscale.report.record import RunRecord, find_runs, read_run
 from progscale.report.run_page import FILE, render_run, write_report
 
 __all__ = [

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from progscale.config import is_decisive
 from progscale.errors import ReportError, nearest
 from progscale.report.quantities import is_error
 from progscale.report.record import RunRecord
+from progscale.report.significance import holm, paired_test
 
 Which = Literal["last", "best"]
 # An arm's name begins with these; the others are named where they differ.
@@ -141,38 +142,6 @@ class Comparison:
     groups: tuple[Group, ...]
     which: Which
     notes: tuple[str, ...] = field(default=())
-
-
-def find_runs(paths: Iterable[str | Path]) -> tuple[list[Path], list[Path]]:
-    """Run folders: those named, and those that lie below a folder which is none itself, without earlier runs of the same name.
-
-    Returns:
-        Runs to compare, and runs that were found and have not ended.
-
-    Raises:
-        ReportError: a path holds none.
-    """
-    found: dict[Path, None] = {}
-    unfinished: dict[Path, None] = {}
-    for path in map(Path, paths):
-        path = path.expanduser()
-        if (path / "config.json").exists() or not path.is_dir():
-            found[path] = None
-            continue
-        # Exported models have a config.json too.
-        here = sorted(entry.parent for entry in path.rglob("config.json") if (entry.parent / "plan.json").exists())
-        here = [run for run in here if not was_moved_aside(run)]
-        if not here:
-            raise ReportError(f"'{path}' holds no run folder; give folders that progscale train wrote, e.g. runs/*")
-        for run in here:
-            (found if (run / "summary.json").exists() else unfinished)[run] = None
-    return list(found), list(unfinished)
-
-
-def was_moved_aside(run: Path) -> bool:
-    """Whether a folder is an earlier run, NAME.1, of one that lies beside it."""
-    name, _, number = run.name.rpartition(".")
-    return number.isdigit() and (run.parent / name / "config.json").exists()
 
 
 def compare(
@@ -510,22 +479,6 @@ def difference(arm: Arm, other: Arm, seeds: tuple[int, ...], same_machine: bool)
     return Difference(other.name, seeds, mean, low, high, p, None, ratio)
 
 
-def paired_test(differences: Sequence[float]) -> tuple[float, float, float | None]:
-    """The 95 % confidence interval of the mean, and p of Student's t-test that it is 0; None where all are alike and not 0.
-
-    Args:
-        differences: at least two.
-    """
-    from scipy import stats
-
-    mean, error = statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
-    # Differences that are all alike, but for rounding, have no spread by which chance could be judged.
-    if error <= 1e-9 * max(1e-12, max(map(abs, differences))):
-        return mean, mean, 1.0 if mean == 0 else None
-    half = float(stats.t.ppf(0.975, len(differences) - 1)) * error
-    return mean - half, mean + half, float(stats.ttest_1samp(differences, 0.0).pvalue)
-
-
 def with_holm(groups: Sequence[Group]) -> list[Group]:
     """Adjusts p over all tests of the comparison."""
     tests = [arm.against.p for group in groups for arm in group.arms if arm.against is not None and arm.against.p is not None]
@@ -539,20 +492,6 @@ def with_holm(groups: Sequence[Group]) -> list[Group]:
                 against = replace(against, p_holm=adjusted[against.p])
             arms.append(replace(arm, against=against))
         found.append(replace(group, arms=tuple(arms)))
-    return found
-
-
-def holm(tests: Sequence[float]) -> dict[float, float]:
-    """P → adjusted p, after Holm (1979), for all tests together.
-
-    >>> holm([0.01, 0.04, 0.03])
-    {0.01: 0.03, 0.03: 0.06, 0.04: 0.06}
-    """
-    found: dict[float, float] = {}
-    highest = 0.0
-    for position, p in enumerate(sorted(tests)):
-        highest = max(highest, min(1.0, (len(tests) - position) * p))
-        found[p] = max(found.get(p, 0.0), highest)
     return found
 
 

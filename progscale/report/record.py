@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -148,3 +148,35 @@ def _read_lines(path: Path) -> list[Mapping[str, Any]]:
             raise ReportError(f"'{path}', line {number}: no JSON object")
         found.append(record)
     return found
+
+
+def find_runs(paths: Iterable[str | Path]) -> tuple[list[Path], list[Path]]:
+    """Run folders: those named, and those that lie below a folder which is none itself, without earlier runs of the same name.
+
+    Returns:
+        Runs to compare, and runs that were found and have not ended.
+
+    Raises:
+        ReportError: a path holds none.
+    """
+    found: dict[Path, None] = {}
+    unfinished: dict[Path, None] = {}
+    for path in map(Path, paths):
+        path = path.expanduser()
+        if (path / "config.json").exists() or not path.is_dir():
+            found[path] = None
+            continue
+        # Exported models have a config.json too.
+        here = sorted(entry.parent for entry in path.rglob("config.json") if (entry.parent / "plan.json").exists())
+        here = [run for run in here if not was_moved_aside(run)]
+        if not here:
+            raise ReportError(f"'{path}' holds no run folder; give folders that progscale train wrote, e.g. runs/*")
+        for run in here:
+            (found if (run / "summary.json").exists() else unfinished)[run] = None
+    return list(found), list(unfinished)
+
+
+def was_moved_aside(run: Path) -> bool:
+    """Whether a folder is an earlier run, NAME.1, of one that lies beside it."""
+    name, _, number = run.name.rpartition(".")
+    return number.isdigit() and (run.parent / name / "config.json").exists()

@@ -15,7 +15,8 @@ from scipy import stats
 from progscale.cli import main
 from progscale.errors import ReportError
 from progscale.report import compare, find_runs, read_run, render_comparison
-from progscale.report.comparison import Comparison, holm, paired_test
+from progscale.report.comparison import Comparison
+from progscale.report.significance import holm, paired_test
 from progscale.report.tables import FORMATS, as_json
 from tests.harness.reports import DATA, write_run
 from tests.unit.report.test_run_page import figures_in
